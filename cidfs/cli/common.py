@@ -1,0 +1,105 @@
+"""What the commands share: the settings in force, opening the store, finding what an argument names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cidfs.config import Settings, load
+from cidfs.errors import ChunkMissing, PathAbsent
+from cidfs.formats.digest import looks_like_cid, parse_cid
+from cidfs.formats.manifest import Manifest, Node
+from cidfs.formats.store_path import StorePath, parse_base_name, parse_store_path
+from cidfs.local.rows import PathRow
+from cidfs.local.store import LocalStore
+
+
+@dataclass
+class Globals:
+    """The options before the command."""
+
+    config: Path | None = None
+    state: Path | None = None
+    debug: bool = False
+    lock_timeout: float | None = None
+
+    def settings(self) -> Settings:
+        """Return the settings in force."""
+        return load(self.config, self.state)
+
+    def open_store(self, *, write: bool = False, create: bool = False) -> LocalStore:
+        """Open the store that the settings name."""
+        settings = self.settings()
+        timeout = settings.store.lock_timeout if self.lock_timeout is None else self.lock_timeout
+        root = Path(settings.store.state)
+        if create:
+            return LocalStore.open(
+                root, write=write, create=True, store_dir=settings.store.store_dir, lock_timeout=timeout
+            )
+        return LocalStore.open(root, write=write, lock_timeout=timeout)
+
+
+GLOBALS = Globals()
+
+
+@dataclass(frozen=True)
+class Located:
+    """What an argument names.
+
+    A manifest, a node in it, and the published path that it was named by, if it was.
+    """
+
+    manifest: Manifest
+    digest: bytes
+    index: int
+    path: StorePath | None
+    row: PathRow | None
+
+    @property
+    def node(self) -> Node:
+        """The node that is named."""
+        return self.manifest.node(self.index)
+
+
+def locate(store: LocalStore, text: str) -> Located:
+    """Find `/nix/store/<hash>-<name>[/inside]`, its base name, or a manifest's CID.
+
+    Raise PathAbsent or FormatError.
+    """
+    outer, inside = _split(store, text)
+    path: StorePath | None = None
+    row: PathRow | None = None
+    if looks_like_cid(outer):
+        digest = parse_cid(outer)
+        try:
+            manifest = store.read_manifest(digest)
+        except ChunkMissing:
+            raise PathAbsent(f"{outer}: no manifest of this CID in {store.state.root}") from None
+    else:
+        path = parse_store_path(outer, store.store_dir)
+        row = published(store, path)
+        digest = row.manifest
+        manifest = store.read_manifest(digest)
+    index = manifest.resolve(inside)
+    if index is None:
+        raise PathAbsent(f"{text}: {outer} has no {inside.decode(errors='replace')!r}")
+    return Located(manifest, digest, index, path, row)
+
+
+def published(store: LocalStore, path: StorePath) -> PathRow:
+    """Return the row of a published path; raise PathAbsent."""
+    row = store.find_path(path)
+    if row is None:
+        raise PathAbsent(f"{path.full(store.store_dir)}: not in the store at {store.state.root}")
+    return row
+
+
+def _split(store: LocalStore, text: str) -> tuple[str, bytes]:
+    prefix = store.store_dir + "/"
+    rest = text[len(prefix) :] if text.startswith(prefix) else text
+    if rest.startswith("/"):
+        parse_store_path(text, store.store_dir)  # raises, with the reason
+    outer, _, inside = rest.partition("/")
+    if not looks_like_cid(outer):
+        parse_base_name(outer)
+    return outer, inside.encode(errors="surrogateescape")

@@ -1,0 +1,66 @@
+"""Commands that mount and unmount."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cidfs import background, daemon
+from cidfs.cli.common import GLOBALS
+from cidfs.errors import UsageError
+from cidfs.mount import session
+
+
+def mount(
+    mountpoint: Annotated[Path, typer.Argument(metavar="MOUNTPOINT", help="An existing folder.")],
+    foreground: Annotated[
+        bool,
+        typer.Option("--foreground", help="Stay, and log to standard error; tells systemd when it is ready."),
+    ] = False,
+    transport: Annotated[
+        str | None,
+        typer.Option(metavar="auto|pyfuse3", help="How requests get from the kernel. Default: auto."),
+    ] = None,
+    list_root: Annotated[
+        bool | None,
+        typer.Option(
+            "--list-root/--no-list-root",
+            help="Whether listing MOUNTPOINT shows the store paths. Default: not.",
+        ),
+    ] = None,
+) -> None:
+    """Mount the store, read-only; return when the mount answers. The daemon goes on in the background.
+
+    Store paths are MOUNTPOINT/<hash>-<name>, and there as soon as they are added. Take it down with `cidfs
+    umount`.
+    """
+    settings = GLOBALS.settings()
+    if (transport or settings.mount.transport) not in ("auto", "pyfuse3"):
+        raise UsageError(f"--transport {transport}: this version has auto and pyfuse3")
+    timeout = settings.store.lock_timeout if GLOBALS.lock_timeout is None else GLOBALS.lock_timeout
+    plan = daemon.MountPlan(
+        state=Path(settings.store.state),
+        mountpoint=session.resolve(mountpoint),
+        store_dir=settings.store.store_dir,
+        list_root=settings.mount.list_root if list_root is None else list_root,
+        lock_timeout=timeout,
+    )
+    if foreground:
+        background.run_in_foreground(plan)
+    else:
+        background.start(plan)
+
+
+def umount(
+    mountpoint: Annotated[Path, typer.Argument(metavar="MOUNTPOINT", help="Where cidfs is mounted.")],
+    lazy: Annotated[
+        bool,
+        typer.Option(
+            "--lazy", help="Also while it is in use: it goes from sight at once, and ends with its last user."
+        ),
+    ] = False,
+) -> None:
+    """Take a cidfs mount down and wait until its daemon has ended."""
+    background.stop(session.resolve(mountpoint), lazy=lazy)

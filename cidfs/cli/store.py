@@ -1,0 +1,168 @@
+"""Commands that change the store: add, import."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import trio
+import typer
+
+from cidfs.cli.common import GLOBALS
+from cidfs.cli.output import ingest_progress, result, say
+from cidfs.engine.ingest import Wanted, ingest
+from cidfs.engine.nix_db import NixDatabase, ValidPath
+from cidfs.engine.sources import DiskSource, NarSource
+from cidfs.errors import Conflict, FormatError, SourceError, UsageError
+from cidfs.formats.digest import parse_sha256
+from cidfs.formats.store_path import StorePath, check_name, parse_store_path
+from cidfs.local.store import LocalStore, Published
+
+
+def _ingest(store: LocalStore, wanted: Sequence[Wanted], asked_for: set[StorePath] | None = None) -> None:
+    """Ingest and print what was published: all that is new, and of the rest what was asked for (None.
+
+    All).
+    """
+
+    def show(outcomes: Sequence[Published]) -> None:
+        for outcome in outcomes:
+            if not outcome.conflict and (outcome.new or asked_for is None or outcome.path in asked_for):
+                result(outcome.path.full(store.store_dir))
+        sys.stdout.flush()
+
+    async def work() -> list[Published]:
+        with ingest_progress() as progress:
+            return await ingest(store, wanted, progress=progress, on_published=show)
+
+    conflicts = [o.conflict for o in trio.run(work) if o.conflict]
+    for line in conflicts[1:]:
+        say(f"cidfs: {line}")
+    if conflicts:
+        raise Conflict(conflicts[0])
+
+
+def add(
+    paths: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Directories, files or symlinks.")],
+    name: Annotated[
+        str, typer.Option(help="The name in the store path; by default the last component of DIR.")
+    ] = "",
+) -> None:
+    """Add directories or files to the store, each as the store path that `nix store add` gives.
+
+    Print the paths.
+    """
+    if name and len(paths) > 1:
+        raise UsageError("--name goes with one directory only")
+    wanted = []
+    for path in paths:
+        base = name or os.path.basename(os.path.abspath(path))
+        if not os.path.lexists(path):
+            raise SourceError(f"{path}: no such file or directory")
+        try:
+            wanted.append(Wanted(DiskSource(str(path)), name=check_name(base)))
+        except FormatError as e:
+            raise UsageError(f"{path}: {e}; give another with --name") from None
+    with GLOBALS.open_store(write=True, create=True) as store:
+        _ingest(store, wanted)
+
+
+def import_(
+    paths: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="PATH...", help="Store paths (absolute or base names); - for a NAR on standard input."
+        ),
+    ] = None,
+    source: Annotated[
+        str, typer.Option("--from", metavar="ROOT", help="The root folder of the Nix store to import from.")
+    ] = "/",
+    closure: Annotated[
+        bool, typer.Option("--closure/--no-closure", help="With all that the paths refer to, or without.")
+    ] = True,
+    everything: Annotated[bool, typer.Option("--all", help="Every valid path of the Nix store.")] = False,
+    name: Annotated[
+        str,
+        typer.Option(
+            help="With -: the name of the path that the NAR's contents give, or a whole store path to take as it is."
+        ),
+    ] = "",
+    nar_hash: Annotated[
+        str, typer.Option(help="With -: the SHA-256 that the NAR must have, in any of Nix's notations.")
+    ] = "",
+) -> None:
+    """Import paths from a Nix store, with what its database knows of them, or a NAR; print what was added.
+
+    Nix may be using its store meanwhile. Each NAR hash is computed and compared; a mismatch publishes
+    nothing.
+    """
+    texts = paths or []
+    if texts == ["-"]:
+        if everything or not name:
+            raise UsageError("a NAR on standard input (-) needs --name, and no --all")
+        _import_nar(name, nar_hash)
+        return
+    if "-" in texts:
+        raise UsageError("- (a NAR on standard input) stands alone")
+    if name or nar_hash:
+        raise UsageError("--name and --nar-hash go with a NAR on standard input (-)")
+    if bool(texts) == everything:
+        raise UsageError("name the paths to import, or --all")
+    if "://" in source:
+        raise UsageError(f"--from {source}: this version imports from the root folder of a Nix store only")
+    store_dir = GLOBALS.settings().store.store_dir
+    with NixDatabase(Path(source).absolute(), store_dir) as database:
+        asked = list(database.all_paths()) if everything else [_store_path(t, store_dir) for t in texts]
+        ordered = database.ordered(asked, closure=closure or everything)
+        with GLOBALS.open_store(write=True, create=True) as store:
+            _ingest(store, [_wanted(database, v) for v in ordered], set(asked))
+
+
+def _store_path(text: str, store_dir: str) -> StorePath:
+    try:
+        return parse_store_path(text, store_dir)
+    except FormatError as e:
+        raise UsageError(str(e)) from None
+
+
+def _wanted(database: NixDatabase, valid: ValidPath) -> Wanted:
+    return Wanted(
+        DiskSource(str(database.physical(valid.path))),
+        path=valid.path,
+        expected_hash=valid.nar_hash,
+        expected_size=valid.nar_size,
+        references=valid.references,
+        deriver=valid.deriver,
+        ca=valid.ca,
+        signatures=valid.signatures,
+    )
+
+
+def _import_nar(name: str, nar_hash: str) -> None:
+    store_dir = GLOBALS.settings().store.store_dir
+    path: StorePath | None = None
+    try:
+        path = parse_store_path(name, store_dir)
+    except FormatError:
+        try:
+            check_name(name)
+        except FormatError as e:
+            raise UsageError(str(e)) from None
+    try:
+        expected = parse_sha256(nar_hash) if nar_hash else None
+    except FormatError as e:
+        raise UsageError(f"--nar-hash: {e}") from None
+    if sys.stdin.isatty():
+        raise UsageError(
+            "standard input is a terminal; pipe a NAR into it, as `nix-store --dump DIR | cidfs import -`"
+        )
+    source = NarSource(_stdin_read, "standard input")
+    with GLOBALS.open_store(write=True, create=True) as store:
+        _ingest(store, [Wanted(source, name=name, path=path, expected_hash=expected)])
+
+
+def _stdin_read(count: int) -> bytes:
+    return os.read(0, count)

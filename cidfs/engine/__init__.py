@@ -1,0 +1,1 @@
+"""What happens: ingest, export, verification. trio around the synchronous floors below."""

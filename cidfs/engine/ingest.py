@@ -1,0 +1,339 @@
+"""Ingest: sources in, published store paths out.
+
+One pipeline for any number of paths. A thread reads and hashes the NAR; others digest, look up and compress;
+one appends to packs, in order; groups of finished paths are synced and published together. Everything that
+waits does so on worker threads; the trio task alone decides the order.
+
+    reader ──batches──► encoders (one a core) ──in order──► writer ──groups──► LocalStore.publish
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import trio
+
+from cidfs.engine.sources import Batch, Source, Tree
+from cidfs.errors import CidfsError, HashMismatch
+from cidfs.formats.chunking import encode
+from cidfs.formats.digest import digest_of, sha256_text
+from cidfs.formats.manifest import EXECUTABLE, FILE, Manifest
+from cidfs.formats.record import Record
+from cidfs.formats.store_path import StorePath, fixed_output_ca, fixed_output_path
+from cidfs.local.packs import CACHE, MANIFEST, OWN
+from cidfs.local.rows import Place
+from cidfs.local.store import Candidate, LocalStore, Published
+
+GROUP_PATHS: Final = 256
+GROUP_CHUNKS: Final = 200_000
+GROUP_SECONDS: Final = 0.2
+ROWS_A_TRANSACTION: Final = 2000
+BATCHES_AHEAD: Final = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A tree to ingest, and what its path is to be.
+
+    Without a path, it is the one that the contents give under `name` (as `nix store add` does). expected_hash
+    and expected_size are of the NAR; a mismatch publishes nothing.
+    """
+
+    source: Source
+    name: str = ""
+    path: StorePath | None = None
+    expected_hash: bytes | None = None
+    expected_size: int | None = None
+    references: tuple[str, ...] = ()
+    deriver: str = ""
+    ca: str = ""
+    signatures: tuple[str, ...] = ()
+
+
+class Progress:
+    """What an ingest tells while it runs; does nothing unless overridden. Called from the trio thread."""
+
+    def path(self, label: str) -> None:
+        """The next path is being read."""
+
+    def bytes(self, count: int) -> None:
+        """So many more bytes of contents were stored or found to be here."""
+
+
+Encoded = list[tuple[bytes, Place | None, int, bytes, int]]
+
+
+@dataclass(slots=True)
+class _Slot:
+    """A batch on its way; last marks the end of its tree, failure that the reader stopped there."""
+
+    wanted: Wanted
+    tree: Tree
+    batch: Batch
+    last: bool = False
+    failure: BaseException | None = None
+    encoded: Encoded = field(default_factory=list)
+    done: trio.Event = field(default_factory=trio.Event)
+
+
+class _Ingest:
+    def __init__(self, store: LocalStore, progress: Progress) -> None:
+        self._store = store
+        self._progress = progress
+        self._own = store.pack_writer(OWN)
+        self._manifests = store.pack_writer(MANIFEST)
+        self._new_chunks: dict[bytes, Place] = {}  # appended here, without a row yet
+        self._new_manifests: list[tuple[bytes, Place]] = []
+        self._ready: list[Candidate] = []
+        self._ready_chunks = 0
+        self._first_ready = 0.0
+        self._places: bytearray = bytearray()  # of the tree that is being written
+        self.outcomes: list[Published] = []
+
+    async def run(self, wanted: Iterable[Wanted]) -> None:
+        workers = os.cpu_count() or 1
+        to_encode, encodable = trio.open_memory_channel[_Slot](workers)
+        to_write, writable = trio.open_memory_channel[_Slot](BATCHES_AHEAD)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._read, iter(wanted), to_encode, to_write)
+                for _ in range(workers):
+                    nursery.start_soon(self._encode, encodable.clone())
+                encodable.close()
+                await self._write(writable)
+        finally:
+            self._own.close()
+            self._manifests.close()
+
+    # --- reading
+
+    async def _read(
+        self,
+        wanted: Iterator[Wanted],
+        to_encode: trio.MemorySendChannel[_Slot],
+        to_write: trio.MemorySendChannel[_Slot],
+    ) -> None:
+        async with to_encode, to_write:
+            for item in wanted:
+                self._progress.path(item.source.label)
+                tree = Tree()
+                batches = item.source.read(tree)
+                slot: _Slot | None = None
+                failure: BaseException | None = None
+                while True:
+                    try:
+                        batch = await trio.to_thread.run_sync(next, batches, None, abandon_on_cancel=True)
+                    except CidfsError as e:
+                        failure, batch = e, None
+                    if slot is not None:
+                        slot.last = batch is None and failure is None
+                        await to_write.send(slot)
+                        await to_encode.send(slot)
+                    if batch is None:
+                        break
+                    slot = _Slot(item, tree, batch)
+                if failure is not None:
+                    stop = _Slot(item, tree, [], failure=failure)
+                    stop.done.set()
+                    await to_write.send(stop)
+                    return
+
+    # --- digesting and compressing
+
+    async def _encode(self, encodable: trio.MemoryReceiveChannel[_Slot]) -> None:
+        async with encodable:
+            async for slot in encodable:
+                slot.encoded = await trio.to_thread.run_sync(self._encode_batch, slot.batch)
+                slot.batch = []
+                slot.done.set()
+
+    def _encode_batch(self, batch: Batch) -> Encoded:
+        digests = [digest_of(data) for data in batch]
+        encoded: Encoded = []
+        seen: set[bytes] = set()
+        for data, digest, place in zip(batch, digests, self._store.chunk_places(digests), strict=True):
+            if place is not None and place.kind == CACHE:
+                place = None  # what is made here never depends on a cache pack
+            if place is None and digest not in seen and digest not in self._new_chunks:
+                seen.add(digest)
+                encoding, stored = encode(data)
+                encoded.append((digest, None, encoding, stored, len(data)))
+            else:
+                encoded.append((digest, place, -1, b"", len(data)))
+        return encoded
+
+    # --- writing and publishing
+
+    async def _write(self, writable: trio.MemoryReceiveChannel[_Slot]) -> None:
+        async with writable:
+            async for slot in writable:
+                await slot.done.wait()
+                if slot.failure is not None:
+                    await self._flush()
+                    raise slot.failure
+                await trio.to_thread.run_sync(self._store_batch, slot)
+                self._progress.bytes(sum(item[4] for item in slot.encoded))
+                slot.encoded = []
+                if slot.last:
+                    try:
+                        candidate = await trio.to_thread.run_sync(self._finish, slot.wanted, slot.tree)
+                    except CidfsError:
+                        await self._flush()
+                        raise
+                    self._first_ready = self._first_ready if self._ready else trio.current_time()
+                    self._ready.append(candidate)
+                    self._ready_chunks += len(candidate.digests) // 32
+                if self._group_is_full():
+                    await self._flush()
+                elif len(self._new_chunks) >= ROWS_A_TRANSACTION:
+                    await trio.to_thread.run_sync(self._commit_rows)
+        await self._flush()
+
+    def _group_is_full(self) -> bool:
+        return bool(self._ready) and (
+            len(self._ready) >= GROUP_PATHS
+            or self._ready_chunks >= GROUP_CHUNKS
+            or trio.current_time() - self._first_ready >= GROUP_SECONDS
+        )
+
+    def _store_batch(self, slot: _Slot) -> None:
+        """Append what is new, in order, and note the place of every chunk."""
+        unsure = [d for d, place, _, stored, _ in slot.encoded if place is None]
+        here = dict(zip(unsure, self._store.chunk_places(unsure), strict=True))
+        new: list[tuple[bytes, int, bytes, int]] = []
+        waiting: set[bytes] = set()
+        for digest, place, encoding, stored, length in slot.encoded:
+            if place is not None or digest in self._new_chunks or digest in waiting:
+                continue
+            found = here[digest]
+            if found is not None and found.kind != CACHE:
+                continue
+            if encoding < 0:  # it was in another batch of this ingest, which has its row by now or has moved
+                raise CidfsError("a chunk was expected to be stored already and is not; add the path again")
+            waiting.add(digest)
+            new.append((digest, encoding, stored, length))
+        if new:
+            for item, place in zip(new, self._own.append_many(new), strict=True):
+                self._new_chunks[item[0]] = place
+        for digest, place, _, _, _ in slot.encoded:
+            chosen = place or self._new_chunks.get(digest) or here[digest]
+            assert chosen is not None
+            slot.tree.builder.digests += digest
+            self._places += chosen.packed()
+
+    def _finish(self, wanted: Wanted, tree: Tree) -> Candidate:
+        """Check the NAR hash, encode the manifest and append it."""
+        places, self._places = self._places, bytearray()
+        label = wanted.path.base_name if wanted.path else wanted.source.label
+        nar_hash = tree.nar_hash
+        if wanted.expected_hash is not None and wanted.expected_hash != nar_hash:
+            raise HashMismatch(
+                f"{label}: its contents have NAR hash {sha256_text(nar_hash)} where"
+                f" {sha256_text(wanted.expected_hash)} is expected; nothing of it is published"
+            )
+        if wanted.expected_size is not None and wanted.expected_size != tree.nar_size:
+            raise HashMismatch(
+                f"{label}: its NAR has {tree.nar_size} bytes where {wanted.expected_size} are expected; nothing of"
+                " it is published"
+            )
+        raw = tree.builder.encode()
+        manifest = Manifest(raw)
+        digest = digest_of(raw)
+        place = self._store.place("manifests", digest)
+        if place is None:
+            place = self._manifests.append(digest, *_encoded(raw), len(raw))
+            self._new_manifests.append((digest, place))
+        path, ca = wanted.path, wanted.ca
+        if path is None:
+            path = fixed_output_path(nar_hash, wanted.name, self._store.store_dir)
+            ca = fixed_output_ca(nar_hash)
+        rec = Record(
+            store_dir=self._store.store_dir,
+            path=path,
+            nar_hash=nar_hash,
+            nar_size=tree.nar_size,
+            references=tuple(sorted(set(wanted.references))),
+            deriver=wanted.deriver,
+            ca=ca,
+            manifest=digest,
+            node_count=manifest.node_count,
+            root_row=manifest.row(0),
+            signatures=tuple(sorted(set(wanted.signatures))),
+        )
+        files = manifest.count_of(FILE) + manifest.count_of(EXECUTABLE)
+        return Candidate(rec, place, manifest.total_size, files, tree.builder.digests, places)
+
+    def _commit_rows(self) -> None:
+        """Make what was appended durable, then give it rows."""
+        self._own.sync()
+        self._manifests.sync()
+        rows = list(self._new_chunks.items())
+        for i in range(0, len(rows), ROWS_A_TRANSACTION):
+            self._store.put_places("chunks", rows[i : i + ROWS_A_TRANSACTION], self._own)
+        self._new_chunks.clear()
+        for i in range(0, len(self._new_manifests), ROWS_A_TRANSACTION):
+            self._store.put_places(
+                "manifests", self._new_manifests[i : i + ROWS_A_TRANSACTION], self._manifests
+            )
+        self._new_manifests.clear()
+
+    async def _flush(self) -> None:
+        """Publish the finished paths."""
+        ready, self._ready, self._ready_chunks = self._ready, [], 0
+        if ready:
+            self.outcomes += await trio.to_thread.run_sync(self._publish, ready)
+
+    def _publish(self, ready: Sequence[Candidate]) -> list[Published]:
+        self._commit_rows()
+        return self._store.publish(ready)
+
+
+def _encoded(raw: bytes) -> tuple[int, bytes]:
+    return encode(raw)
+
+
+async def ingest(
+    store: LocalStore,
+    wanted: Iterable[Wanted],
+    *,
+    progress: Progress | None = None,
+    on_published: Callable[[Sequence[Published]], None] | None = None,
+) -> list[Published]:
+    """Ingest sources and publish them, references before referrers if they come in that order.
+
+    Returns the outcomes in the order given. An error ends it: what was finished before it is published,
+    nothing of what failed is.
+    """
+    lease = await trio.to_thread.run_sync(store.lease, "ingest")
+    work = _Ingest(store, progress or Progress())
+    try:
+        await work.run(wanted)
+    except BaseExceptionGroup as group:
+        raise first_error(group) from group
+    finally:
+        lease.release()
+        if on_published is not None:
+            on_published(work.outcomes)
+    return work.outcomes
+
+
+def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Return the one error of a nursery's group that tells most.
+
+    Ours before others, others before cancellation.
+    """
+    flat: list[BaseException] = []
+    todo: list[BaseException] = [group]
+    while todo:
+        here = todo.pop()
+        if isinstance(here, BaseExceptionGroup):
+            todo.extend(here.exceptions)
+        else:
+            flat.append(here)
+    flat.sort(
+        key=lambda e: (isinstance(e, trio.Cancelled), not isinstance(e, KeyboardInterrupt | CidfsError))
+    )
+    return flat[0]

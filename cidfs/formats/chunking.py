@@ -1,0 +1,135 @@
+"""Where a file is cut into chunks, and how a chunk is compressed.
+
+Parameters version 1 are part of a store's metadata and never change within a store. Pure functions; `cut`
+releases the GIL while it works.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import zstandard
+
+from cidfs.errors import CidfsError, FormatError
+
+try:
+    from pyfastcdc.cy import FastCDC
+except ImportError as _e:
+    # The pure Python form cuts alike at 10 MB/s: refuse it instead of being mysteriously slow.
+    raise CidfsError(
+        "the compiled form of pyfastcdc is missing: "
+        "reinstall it with `pip install --force-reinstall pyfastcdc`"
+    ) from _e
+
+AVERAGE = 64 << 10
+MINIMUM = 16 << 10
+MAXIMUM = 256 << 10
+NORMALISATION = 1
+SEED = 0
+PARAMETERS = f"fastcdc avg={AVERAGE} min={MINIMUM} max={MAXIMUM} norm={NORMALISATION} seed={SEED}"
+LEVEL = 3
+
+ENCODING_RAW = 0
+ENCODING_ZSTD = 1
+MAX_DECODED = 1 << 30
+"""The longest decoded data of any frame, in bytes; nothing longer is ever allocated for."""
+
+_cutter = FastCDC(
+    avg_size=AVERAGE,
+    min_size=MINIMUM,
+    max_size=MAXIMUM,
+    normalized_chunking=NORMALISATION,
+    seed=SEED,
+)
+_local = threading.local()
+
+
+def cut(buffer: bytes | bytearray | memoryview) -> Iterator[tuple[int, int]]:
+    """Yield offset and length of the chunks of a buffer.
+
+    It holds a whole file, or a file from a chunk's start on.
+    """
+    if len(buffer) <= MINIMUM:
+        if len(buffer):
+            yield 0, len(buffer)
+        return
+    for c in _cutter.cut_buf(buffer):
+        yield c.offset, c.length
+
+
+class Cutter:
+    """Cut a file that arrives in pieces, exactly as `cut` would cut it whole.
+
+    A chunk is settled as soon as a later byte is known, so the last one of what has arrived waits for more.
+    Holds at most `window` bytes and one piece.
+    """
+
+    def __init__(self, window: int = 4 << 20) -> None:
+        self._window = window
+        self._kept = bytearray()
+
+    def feed(self, piece: bytes | bytearray | memoryview) -> Iterator[bytes]:
+        """Yield the chunks that a piece settles."""
+        self._kept += piece
+        if len(self._kept) >= self._window:
+            yield from self._settled()
+
+    def finish(self) -> Iterator[bytes]:
+        """Yield the remaining chunks of the file and be ready for the next file."""
+        data = bytes(self._kept)
+        self._kept = bytearray()
+        for offset, length in cut(data):
+            yield data[offset : offset + length]
+
+    def _settled(self) -> Iterator[bytes]:
+        data = bytes(self._kept)
+        done = 0
+        for offset, length in cut(data):
+            if offset + length == len(data):
+                break
+            done = offset + length
+            yield data[offset:done]
+        self._kept = bytearray(memoryview(data)[done:])
+
+
+def encode(data: bytes | bytearray | memoryview, level: int = LEVEL) -> tuple[int, bytes]:
+    """Return encoding and stored form of data: zstd, or raw where that does not help."""
+    compressor: dict[int, zstandard.ZstdCompressor] | None = getattr(_local, "compressor", None)
+    if compressor is None:
+        compressor = _local.compressor = {}
+    if level not in compressor:  # a compressor belongs to one thread
+        compressor[level] = zstandard.ZstdCompressor(level=level, write_checksum=False)
+    packed = compressor[level].compress(data)
+    if len(packed) < len(data):
+        return ENCODING_ZSTD, packed
+    return ENCODING_RAW, bytes(data)
+
+
+def decode(encoding: int, stored: bytes | memoryview, length: int) -> bytes:
+    """Return the length bytes that were stored; raise FormatError when they are not just that.
+
+    The declared size inside the zstd frame is compared before anything is allocated: 32 KiB can claim to be 1
+    GiB.
+    """
+    if encoding == ENCODING_RAW:
+        if len(stored) != length:
+            raise FormatError(f"raw data of {len(stored)} bytes where {length} are declared")
+        return bytes(stored)
+    if encoding != ENCODING_ZSTD:
+        raise FormatError(f"unknown encoding {encoding}")
+    if not 0 < length <= MAX_DECODED:  # of no bytes, the library would not look at what follows the frame
+        raise FormatError(f"zstd data where {length} bytes are declared")
+    decompressor = getattr(_local, "decompressor", None)
+    if decompressor is None:
+        decompressor = _local.decompressor = zstandard.ZstdDecompressor()
+    try:
+        declared = zstandard.get_frame_parameters(stored).content_size
+        if declared != length:
+            raise FormatError(f"zstd data that unpacks to {declared} bytes where {length} are declared")
+        data: bytes = decompressor.decompress(stored, allow_extra_data=False)
+    except (zstandard.ZstdError, ValueError) as e:
+        raise FormatError(f"zstd data that cannot be unpacked: {e}") from None
+    if len(data) != length:
+        raise FormatError(f"zstd data that unpacked to {len(data)} bytes where {length} are declared")
+    return data

@@ -1,0 +1,92 @@
+"""Small file operations that the rules of durability need, each in one place.
+
+Synchronous; every failure of the disk becomes DiskFailed or NotPermitted with the path in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from cidfs.errors import CidfsError, DiskFailed, NotPermitted
+
+
+def mapped(error: OSError, path: Path | str, doing: str) -> CidfsError:
+    """Return the error of ours for an OSError while doing something to a path."""
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return NotPermitted(f"{path}: cannot {doing}: {error.strerror}; run as the owner of the store")
+    if error.errno == errno.ENOSPC:
+        return DiskFailed(f"{path}: cannot {doing}: the disk is full; free some space and try again")
+    return DiskFailed(f"{path}: cannot {doing}: {error.strerror}")
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path | str, doing: str) -> Iterator[None]:
+    """Turn every OSError of a block into an error of ours."""
+    try:
+        yield
+    except OSError as e:
+        raise mapped(e, path, doing) from e
+
+
+def sync_folder(path: Path) -> None:
+    """Make the entries of a folder durable."""
+    with disk_errors(path, "sync the folder"):
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all of data at an offset; raise OSError as the system does."""
+    view = memoryview(data)
+    while view:
+        done = os.pwrite(fd, view, offset)
+        view = view[done:]
+        offset += done
+
+
+def replace_durably(path: Path, data: bytes) -> None:
+    """Give a file new contents: written under a temporary name, synced, renamed, its folder synced."""
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}-{os.urandom(4).hex()}")
+    with disk_errors(path, "write"):
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        try:
+            try:
+                write_all(fd, data, 0)
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            os.rename(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+    sync_folder(path.parent)
+
+
+def try_flock(fd: int) -> bool:
+    """Take an exclusive flock if nobody holds one; say whether it was taken."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        if e.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        raise
+    return True
+
+
+def leads_to(path: Path, fd: int) -> bool:
+    """Say whether a name still leads to the file behind a descriptor."""
+    try:
+        named = os.stat(path)
+    except FileNotFoundError:
+        return False
+    held = os.fstat(fd)
+    return (named.st_dev, named.st_ino) == (held.st_dev, held.st_ino)

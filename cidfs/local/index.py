@@ -1,0 +1,247 @@
+"""The LMDB index: environment, named databases, checked rows, transactions.
+
+Derived from packs and journal, and the one place that decides what is published. A read transaction lives
+within one call and hands out copies alone; a write transaction is begun and committed by one function on one
+thread, under the store's write lock. Opened read-only by who only reads: opening databases for writing takes
+LMDB's own lock, which a stopped process would never give back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import lmdb
+
+from cidfs.errors import DiskFailed, IndexLost, NotPermitted, StoreVersion
+from cidfs.local.rows import (
+    DATABASES,
+    PACK_ID_SIZE,
+    SCHEMA,
+    PackRow,
+    Place,
+    pack_number,
+    seal,
+    unpack_number,
+    unseal,
+)
+
+MAP_SIZE: Final = 128 << 30
+MAX_OPEN_PACKS: Final = 32  # remembered for each kind; older ones just stay short
+
+
+def _open_environment(path: Path, *, write: bool, sync: bool) -> lmdb.Environment:
+    size = MAP_SIZE
+    while True:
+        try:
+            return lmdb.open(
+                str(path),
+                map_size=size,
+                max_dbs=32,
+                max_readers=1024,
+                max_spare_txns=4,
+                readonly=not write,
+                create=write,
+                sync=sync,
+                metasync=sync,
+            )
+        except MemoryError:
+            if size <= 1 << 30:
+                raise
+            size //= 2  # a limit on address space
+        except lmdb.Error as e:
+            if "Permission denied" in str(e):
+                raise NotPermitted(f"{path}: permission denied; run as the owner of the store") from e
+            raise IndexLost(f"{path}: the index cannot be opened ({e}); run `cidfs rebuild`") from e
+
+
+class Index:
+    """One LMDB environment. `number` is its name in index/."""
+
+    def __init__(
+        self, path: Path, number: int, *, write: bool, create: bool = False, sync: bool = True
+    ) -> None:
+        self.path = path
+        self.number = number
+        self.writable = write
+        self.damaged_rows = 0
+        self.env = _open_environment(path, write=write, sync=sync)
+        try:
+            self.env.reader_check()
+            self.db: dict[str, Any] = {
+                name: self.env.open_db(name.encode(), create=create) for name in DATABASES
+            }
+        except lmdb.Error as e:
+            raise IndexLost(f"{path}: the index lacks its databases ({e}); run `cidfs rebuild`") from e
+        if create:
+            with self.write() as txn:
+                txn.put_number("schema", SCHEMA)
+        self.check_schema()
+
+    def check_schema(self) -> None:
+        """Raise StoreVersion for an index of another schema, IndexLost when it does not say."""
+        with self.read() as txn:
+            schema = txn.number("schema")
+        if schema == 0:
+            raise IndexLost(f"{self.path}: the index does not say its version; run `cidfs rebuild`")
+        if schema != SCHEMA:
+            raise StoreVersion(
+                f"{self.path}: an index of schema {schema}, and this cidfs knows {SCHEMA}: use the cidfs that wrote"
+                " it"
+            )
+
+    @contextlib.contextmanager
+    def read(self) -> Iterator[ReadTxn]:
+        """Open a read transaction for one synchronous block."""
+        try:
+            with self.env.begin(buffers=False) as raw:
+                yield ReadTxn(self, raw)
+        except lmdb.Error as e:
+            raise IndexLost(f"{self.path}: the index cannot be read ({e}); run `cidfs rebuild`") from e
+
+    @contextlib.contextmanager
+    def write(self) -> Iterator[WriteTxn]:
+        """Open a write transaction; it commits at the end of the block, or not at all.
+
+        Under the write lock.
+        """
+        try:
+            with self.env.begin(write=True, buffers=False) as raw:
+                txn = WriteTxn(self, raw)
+                yield txn
+                txn.settle()
+        except lmdb.Error as e:
+            raise DiskFailed(f"{self.path}: cannot write the index ({e}); is the disk full?") from e
+
+    def get(self, database: str, key: bytes) -> bytes | None:
+        """Return one checked row in a transaction of its own, or None. The fast path of every look-up."""
+        with self.env.begin(buffers=False) as raw:
+            stored = raw.get(key, db=self.db[database])
+        if stored is None:
+            return None
+        value = unseal(database.encode(), key, stored)
+        if value is None:
+            self.damaged_rows += 1
+        return value
+
+    def close(self) -> None:
+        """Close the environment; nothing may use it any more."""
+        self.env.close()
+
+
+class ReadTxn:
+    """Checked reads in one transaction."""
+
+    def __init__(self, index: Index, raw: Any) -> None:
+        self.index = index
+        self.raw = raw
+
+    def get(self, database: str, key: bytes) -> bytes | None:
+        """Return a row, or None when it is absent or damaged."""
+        stored = self.raw.get(key, db=self.index.db[database])
+        if stored is None:
+            return None
+        value = unseal(database.encode(), key, stored)
+        if value is None:
+            self.index.damaged_rows += 1
+        return value
+
+    def number(self, name: str) -> int:
+        """Return a number of `meta`; 0 when it is not there."""
+        row = self.get("meta", name.encode())
+        return unpack_number(row) if row is not None else 0
+
+    def rows(
+        self, database: str, start: bytes = b"", *, reverse: bool = False
+    ) -> Iterator[tuple[bytes, bytes | None]]:
+        """Yield key and row from the first key that is not below start; None for a damaged row.
+
+        Reversed: from the last key that is not above start.
+        """
+        name = database.encode()
+        with self.raw.cursor(db=self.index.db[database]) as cursor:
+            if reverse:
+                if not cursor.set_range(start):
+                    found = cursor.last()
+                else:
+                    found = cursor.key() == start or cursor.prev()
+                items = cursor.iterprev() if found else iter(())
+            else:
+                found = cursor.set_range(start) if start else cursor.first()
+                items = cursor.iternext() if found else iter(())
+            for key, stored in items:
+                value = unseal(name, key, stored)
+                if value is None:
+                    self.index.damaged_rows += 1
+                yield key, value
+
+    def entries(self, database: str) -> int:
+        """Return how many rows a database has."""
+        return int(self.raw.stat(self.index.db[database])["entries"])
+
+
+class WriteTxn(ReadTxn):
+    """Checked reads and writes in one transaction; keeps the counts in `meta` and the packs' sums right."""
+
+    def __init__(self, index: Index, raw: Any) -> None:
+        super().__init__(index, raw)
+        self._touched: set[str] = set()
+        self._packs: dict[bytes, list[int]] = {}
+
+    def put(self, database: str, key: bytes, value: bytes) -> None:
+        """Write a row."""
+        self._touched.add(database)
+        self.raw.put(key, seal(database.encode(), key, value), db=self.index.db[database])
+
+    def delete(self, database: str, key: bytes) -> None:
+        """Delete a row if it is there."""
+        self._touched.add(database)
+        self.raw.delete(key, db=self.index.db[database])
+
+    def put_number(self, name: str, value: int) -> None:
+        """Write a number of `meta`."""
+        self.raw.put(
+            name.encode(), seal(b"meta", name.encode(), pack_number(value)), db=self.index.db["meta"]
+        )
+
+    def put_place(self, database: str, digest: bytes, place: Place) -> None:
+        """Say where a chunk or a manifest lies, and count it for its pack."""
+        old = self.get(database, digest)
+        if old is not None:
+            self._count(Place.unpack(old), -1)
+        self._count(place, 1)
+        self.put(database, digest, place.packed())
+
+    def _count(self, place: Place, sign: int) -> None:
+        delta = self._packs.setdefault(place.pack, [place.kind, 0, 0, 0])
+        delta[1] += sign * place.stored
+        delta[2] += sign * place.length
+        delta[3] += sign
+
+    def note_pack(self, pack: bytes, kind: int, *, sealed: bool) -> None:
+        """Remember whether a pack can still be appended to."""
+        row = self.get("packs", pack)
+        old = PackRow.unpack(row) if row is not None else PackRow(kind, 0, 0, 0, 0)
+        self.put("packs", pack, old._replace(sealed=int(sealed)).packed())
+        key = b"open:%d" % kind
+        listed = self.get("meta", key) or b""
+        packs = [listed[i : i + PACK_ID_SIZE] for i in range(0, len(listed), PACK_ID_SIZE)]
+        if pack in packs and sealed:
+            packs.remove(pack)
+        elif pack not in packs and not sealed:
+            packs.append(pack)
+        self.put("meta", key, b"".join(packs[-MAX_OPEN_PACKS:]))
+
+    def settle(self) -> None:
+        """Bring the counts up to date; the last act before the commit."""
+        for pack, (kind, stored, length, frames) in self._packs.items():
+            row = self.get("packs", pack)
+            old = PackRow.unpack(row) if row is not None else PackRow(kind, 0, 0, 0, 0)
+            new = old._replace(
+                stored=old.stored + stored, length=old.length + length, frames=old.frames + frames
+            )
+            self.put("packs", pack, new.packed())
+        for name in sorted(self._touched - {"meta"}):
+            self.put_number(f"count:{name}", self.entries(name))

@@ -1,0 +1,135 @@
+"""The journal on disk: append and sync, read back, checkpoint. Under the store's write lock for writing.
+
+Says again what LMDB has committed. A frame is appended only after the commit that it tells of, so it is never
+wrong; it may be late (then it stands in `pending`) or there twice. Synchronous.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cidfs.errors import FormatError
+from cidfs.formats import frames, journal
+from cidfs.local.files import disk_errors, mapped, replace_durably, sync_folder, write_all
+
+
+def journal_files(folder: Path) -> list[int]:
+    """Return the numbers of the journal files, ascending."""
+    with disk_errors(folder, "list"):
+        return sorted(int(n) for n in os.listdir(folder) if n.isdigit())
+
+
+@dataclass
+class Replay:
+    """What a journal says: entries by serial, and what is missing."""
+
+    entries: dict[int, journal.Entry] = field(default_factory=dict)
+    next_serial: int = 1
+    next_base: int = 0
+    missing: list[int] = field(default_factory=list)
+    last_file: int = 0
+    damage: list[str] = field(default_factory=list)
+
+
+class Journal:
+    """The journal of one store, as this process knows it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._known: set[int] = set()  # files whose names this process has made durable
+
+    def append(self, data: list[bytes]) -> None:
+        """Append frames and make them durable; after a failed sync they go into a new file."""
+        numbers = journal_files(self._folder)
+        number = numbers[-1] if numbers else 0
+        raw = b"".join(data)
+        for attempt in (0, 1, 2):
+            path = self._folder / str(number)
+            fresh = number == 0 or attempt > 0
+            if fresh:
+                number += 1
+                path = self._folder / str(number)
+            try:
+                fd = os.open(
+                    path, os.O_WRONLY | os.O_CLOEXEC | (os.O_CREAT | os.O_EXCL if fresh else 0), 0o644
+                )
+                try:
+                    write_all(fd, raw, os.fstat(fd).st_size)
+                    os.fdatasync(fd)
+                finally:
+                    os.close(fd)
+            except OSError as e:
+                if attempt == 2:
+                    raise mapped(e, path, "append to the journal") from e
+                continue
+            if number not in self._known:
+                sync_folder(self._folder)
+                self._known.add(number)
+            return
+
+    def replay(self) -> Replay:
+        """Read all frames that count, from the last checkpoint on.
+
+        Raises FormatError for an entry of an unknown kind, and when two different entries have one serial.
+        """
+        result = Replay()
+        found: list[tuple[int, journal.Transaction]] = []
+        for number in journal_files(self._folder):
+            result.last_file = number
+            path = self._folder / str(number)
+            with disk_errors(path, "read"):
+                raw = path.read_bytes()
+            for item in frames.scan(raw):
+                if isinstance(item, frames.Gap):
+                    result.damage.append(
+                        f"{path}: bytes {item.offset} to {item.end} belong to no whole frame"
+                    )
+                elif item.header.kind == frames.KIND_JOURNAL:
+                    found.append((number, journal.decode(item.data)))
+        checkpoint: journal.Checkpoint | None = None
+        since = 0
+        for number, transaction in found:
+            for entry in transaction.entries:
+                if isinstance(entry, journal.Checkpoint):
+                    checkpoint, since = entry, number
+        first = checkpoint.serial if checkpoint else 1
+        result.next_base = checkpoint.next_base if checkpoint else 0
+        for number, transaction in found:
+            if number < since:
+                continue
+            for entry in transaction.entries:
+                if isinstance(entry, journal.Checkpoint):
+                    continue
+                if entry.serial < first and not transaction.of_checkpoint:
+                    continue
+                if result.entries.setdefault(entry.serial, entry) != entry:
+                    raise FormatError(
+                        f"{self._folder}: two different entries with serial {entry.serial}; restore the journal"
+                    )
+        top = max((s for s in result.entries), default=0)
+        result.next_serial = max(first, top + 1)
+        wanted = list(checkpoint.live) if checkpoint else []
+        wanted += range(first, result.next_serial)
+        result.missing = [s for s in wanted if s not in result.entries]
+        return result
+
+    def write_checkpoint(self, entries: list[journal.Publication], next_serial: int, next_base: int) -> int:
+        """Write a checkpoint that stands for all that is now in the journal, drop the older files.
+
+        Return its number.
+        """
+        old = journal_files(self._folder)
+        number = (old[-1] if old else 0) + 1
+        head = journal.Checkpoint(next_serial, next_base, tuple(e.serial for e in entries))
+        data = [journal.encode([head], of_checkpoint=True)]
+        for i in range(0, len(entries), 256):
+            data.append(journal.encode(entries[i : i + 256], of_checkpoint=True))
+        replace_durably(self._folder / str(number), b"".join(data))
+        self._known.add(number)
+        for stale in old:
+            with contextlib.suppress(FileNotFoundError), disk_errors(self._folder / str(stale), "remove"):
+                os.unlink(self._folder / str(stale))
+        return number

@@ -1,0 +1,307 @@
+"""The state folder: its format, the write lock, the inode limit, which index is current, who is at work.
+
+    format          what kind of store this is; written last when a store is made
+    write.lock      flock: whoever holds it may run a write transaction
+    next-inode      two checksummed slots, 4 KiB apart: no inode number from this limit on was ever given out
+    journal/<n>     what was committed
+    packs/own|cache|manifest/<aa>/<id>
+    index/<n>/      LMDB; index/current says which one counts
+    run/            leases (flocked files), control sockets, logs
+
+Synchronous. `StateFolder` is safe for several threads and processes; `write.lock` is held by one thread at a
+time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from cidfs.errors import FormatError, IndexLost, LockTimeout, NotPermitted, StoreAbsent, StoreVersion
+from cidfs.formats.chunking import PARAMETERS
+from cidfs.formats.digest import checksum
+from cidfs.local.files import disk_errors, leads_to, replace_durably, sync_folder, try_flock, write_all
+
+VERSION: Final = 1
+PACK_KINDS: Final = ("own", "cache", "manifest")
+DEFAULT_LOCK_TIMEOUT: Final = 30.0
+FIRST_INODE: Final = 16
+_SLOT: Final = struct.Struct("<Q")
+_SLOT_DISTANCE: Final = 4096
+
+
+class Format(msgspec.Struct, frozen=True, kw_only=True):
+    """The contents of `format`."""
+
+    version: int
+    id: str
+    store_dir: str
+    chunking: str
+    features: list[str] = []
+
+
+class LeaseInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What a process at work says of itself in run/. serial is the next one at the time it began."""
+
+    kind: str
+    pid: int
+    serial: int
+    started: float
+    mountpoint: str = ""
+    transport: str = ""
+
+
+class Lease:
+    """A flocked file in run/ that says: I began at this serial. Ends with the process at the latest."""
+
+    def __init__(self, path: Path, fd: int, info: LeaseInfo) -> None:
+        self.path, self._fd, self.info = path, fd, info
+
+    @property
+    def socket_path(self) -> Path:
+        """Where this process listens, if it does."""
+        return self.path.with_suffix(".sock")
+
+    def release(self) -> None:
+        """End the lease."""
+        if self._fd >= 0:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path)
+            os.close(self._fd)
+            self._fd = -1
+
+
+class StateFolder:
+    """A store's folder on disk, opened."""
+
+    def __init__(self, root: Path, form: Format) -> None:
+        self.root = root
+        self.format = form
+        self._thread_lock = threading.Lock()
+
+    # --- making and opening
+
+    @classmethod
+    def open(cls, root: Path) -> StateFolder:
+        """Open an existing store; raise StoreAbsent, StoreVersion or NotPermitted."""
+        try:
+            raw = (root / "format").read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            raise StoreAbsent(
+                f"{root}: no store here; make one with `cidfs --state {root} add`, or name another with --state"
+            ) from None
+        except PermissionError:
+            raise NotPermitted(f"{root}: permission denied; run as the owner of the store") from None
+        try:
+            version = msgspec.json.decode(raw, type=dict[str, Any]).get("version")
+            if version != VERSION:
+                raise StoreVersion(
+                    f"{root}: a store of version {version!r}, and this cidfs knows version {VERSION}: use the cidfs"
+                    " that wrote it"
+                )
+            form = msgspec.json.decode(raw, type=Format)
+        except msgspec.MsgspecError as e:
+            raise FormatError(f"{root}/format: cannot be read: {e}") from None
+        if form.features or form.chunking != PARAMETERS:
+            unknown = ", ".join(form.features) or form.chunking
+            raise StoreVersion(f"{root}: the store needs what this cidfs does not know: {unknown}")
+        return cls(root, form)
+
+    @classmethod
+    def create(cls, root: Path, store_dir: str) -> StateFolder:
+        """Make a store in a folder, or open the one that is there; two processes may try at once."""
+        with contextlib.suppress(StoreAbsent):
+            return cls.open(root)
+        with disk_errors(root, "make a store here"):
+            root.mkdir(parents=True, exist_ok=True)
+        form = Format(version=VERSION, id=os.urandom(16).hex(), store_dir=store_dir, chunking=PARAMETERS)
+        state = cls(root, form)
+        with state.write_lock(DEFAULT_LOCK_TIMEOUT):
+            with contextlib.suppress(StoreAbsent):
+                return cls.open(root)
+            stray = [n for n in os.listdir(root) if n not in _OUR_NAMES and not n.startswith("format.tmp-")]
+            if stray:
+                raise StoreAbsent(
+                    f"{root}: not empty and no store ({stray[0]!r} is in it); name another with --state"
+                )
+            with disk_errors(root, "make a store here"):
+                for kind in PACK_KINDS:
+                    for i in range(256):
+                        (root / "packs" / kind / f"{i:02x}").mkdir(parents=True, exist_ok=True)
+                for name in ("journal", "index", "run"):
+                    (root / name).mkdir(exist_ok=True)
+                (root / "next-inode").write_bytes(b"")
+                (root / "journal" / "1").touch()
+            state.write_inode_limit(FIRST_INODE)
+            for kind in PACK_KINDS:
+                sync_folder(root / "packs" / kind)
+            for name in ("packs", "journal", "run", "."):
+                sync_folder(root / name)
+        return state
+
+    def finish_creation(self) -> None:
+        """Make the store valid: called under the write lock, after its first index exists."""
+        replace_durably(self.root / "format", msgspec.json.format(msgspec.json.encode(self.format)) + b"\n")
+        sync_folder(self.root.parent)
+
+    # --- the write lock
+
+    @contextlib.contextmanager
+    def write_lock(self, timeout: float) -> Iterator[None]:
+        """Hold write.lock; raise LockTimeout naming the holder after timeout seconds."""
+        path = self.root / "write.lock"
+        deadline = time.monotonic() + timeout
+        if not self._thread_lock.acquire(timeout=timeout):
+            raise LockTimeout(f"{path}: another thread of this process held it for {timeout:g} s")
+        try:
+            with disk_errors(path, "lock"):
+                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                pause = 0.0005
+                while not try_flock(fd):
+                    if time.monotonic() >= deadline:
+                        raise LockTimeout(f"{path}: {_holder(fd)} held it for {timeout:g} s; {_LOCK_ADVICE}")
+                    time.sleep(pause)
+                    pause = min(pause * 2, 0.05)
+                os.pwrite(fd, f"{os.getpid():<10}\n".encode(), 0)
+                yield
+            finally:
+                os.close(fd)
+        finally:
+            self._thread_lock.release()
+
+    # --- the inode limit
+
+    def inode_limit(self) -> int:
+        """Return the highest limit that a whole slot of next-inode holds; raise FormatError when none is."""
+        with disk_errors(self.root / "next-inode", "read"):
+            raw = (self.root / "next-inode").read_bytes()
+        limits = []
+        for offset in (0, _SLOT_DISTANCE):
+            slot = raw[offset : offset + 16]
+            if len(slot) == 16 and checksum(slot[:8]) == slot[8:]:
+                limits.append(_SLOT.unpack(slot[:8])[0])
+        if not limits:
+            raise FormatError(
+                f"{self.root}/next-inode: both slots are damaged; `cidfs rebuild` looks further"
+            )
+        return int(max(limits))
+
+    def write_inode_limit(self, limit: int) -> None:
+        """Raise the limit, durably: the lower slot is overwritten.
+
+        After a failed sync a new file replaces it.
+        """
+        path = self.root / "next-inode"
+        slot = _SLOT.pack(limit)
+        slot += checksum(slot)
+        raw = path.read_bytes() if path.exists() else b""
+        values = []
+        for offset in (0, _SLOT_DISTANCE):
+            old = raw[offset : offset + 16]
+            whole = len(old) == 16 and checksum(old[:8]) == old[8:]
+            values.append(_SLOT.unpack(old[:8])[0] if whole else -1)
+        target = 0 if values[0] <= values[1] else _SLOT_DISTANCE
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                write_all(fd, slot, target)
+                os.fdatasync(fd)
+            finally:
+                os.close(fd)
+        except OSError:
+            replace_durably(path, slot + bytes(_SLOT_DISTANCE - len(slot)) + slot)
+
+    # --- which index is current
+
+    def current_index(self) -> int:
+        """Return the number of the index that counts; raise IndexLost."""
+        path = self.root / "index" / "current"
+        try:
+            raw = path.read_bytes()
+            number, _, check = raw.strip().partition(b" ")
+            if checksum(number).hex().encode() == check:
+                return int(number)
+            problem = "is damaged"
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            problem = "is gone"
+        except PermissionError:
+            raise NotPermitted(f"{path}: permission denied; run as the owner of the store") from None
+        raise IndexLost(f"{path}: {problem}; run `cidfs --state {self.root} rebuild`")
+
+    def index_stamp(self) -> tuple[int, int] | None:
+        """Return what changes whenever the pointer is switched; None while there is no pointer."""
+        try:
+            s = os.stat(self.root / "index" / "current")
+        except OSError:
+            return None
+        return s.st_ino, s.st_mtime_ns
+
+    def switch_index(self, number: int) -> None:
+        """Make an index the current one, durably. Under the write lock."""
+        text = str(number).encode()
+        replace_durably(self.root / "index" / "current", text + b" " + checksum(text).hex().encode() + b"\n")
+
+    # --- leases
+
+    def take_lease(self, kind: str, serial: int, *, mountpoint: str = "", transport: str = "") -> Lease:
+        """Say in run/ that this process is at work, since a serial. To be called before its first look-up."""
+        info = LeaseInfo(
+            kind=kind,
+            pid=os.getpid(),
+            serial=serial,
+            started=time.time(),
+            mountpoint=mountpoint,
+            transport=transport,
+        )
+        path = self.root / "run" / f"{kind}-{os.getpid()}-{os.urandom(4).hex()}.lease"
+        temporary = path.with_suffix(".new")
+        with disk_errors(path, "write"):
+            fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+            if not try_flock(fd):
+                raise LockTimeout(f"{temporary}: is locked by another process")
+            write_all(fd, msgspec.json.encode(info), 0)
+            os.rename(temporary, path)
+        return Lease(path, fd, info)
+
+    def leases(self) -> list[tuple[Path, LeaseInfo]]:
+        """Return the leases whose holders live."""
+        found = []
+        for path in sorted((self.root / "run").glob("*.lease")):
+            try:
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except (FileNotFoundError, PermissionError):
+                continue
+            try:
+                if not try_flock(fd) and leads_to(path, fd):
+                    with contextlib.suppress(msgspec.MsgspecError):
+                        found.append((path, msgspec.json.decode(path.read_bytes(), type=LeaseInfo)))
+            except FileNotFoundError:
+                continue
+            finally:
+                os.close(fd)
+        return found
+
+
+_OUR_NAMES: Final = {"write.lock", "next-inode", "journal", "packs", "index", "run"}
+_LOCK_ADVICE: Final = "let it go on or end it, then try again"
+
+
+def _holder(fd: int) -> str:
+    """Name the process that last took a lock, as far as it can be known."""
+    try:
+        pid = int(os.pread(fd, 11, 0))
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, ValueError, IndexError):
+        return "another process"
+    command = b" ".join(words).decode(errors="replace").strip()[:100]
+    return f"process {pid} ({command}{', stopped' if state in 'tT' else ''})"

@@ -1,0 +1,577 @@
+"""LocalStore: the only face of this floor. Look up, read, put frames, publish.
+
+Reading works while others write, and beside a rebuild: who reads notices within a second that another index
+counts. Every look-up is one synchronous call in a transaction of its own. Writing methods belong to one
+thread; they take the store's write lock, with a deadline, for as long as one transaction and one sync of the
+journal last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from cidfs.errors import ChunkInvalid, ChunkMissing, IndexLost, StoreAbsent
+from cidfs.formats import frames, journal, record
+from cidfs.formats.digest import cid_text
+from cidfs.formats.manifest import Manifest
+from cidfs.formats.store_path import DEFAULT_STORE_DIR, StorePath
+from cidfs.local import tables
+from cidfs.local.files import sync_folder
+from cidfs.local.index import Index, ReadTxn, WriteTxn
+from cidfs.local.journal import Journal
+from cidfs.local.packs import CACHE, PackReader, PackWriter, pack_path
+from cidfs.local.rows import (
+    PACK_ID_SIZE,
+    PLACE_SIZE,
+    InodeRow,
+    PackRow,
+    PathRow,
+    Place,
+    key_number,
+    number_key,
+)
+from cidfs.local.state import DEFAULT_LOCK_TIMEOUT, FIRST_INODE, Lease, StateFolder
+
+INODE_STEP: Final = 1 << 20
+POLL_SECONDS: Final = 0.5
+PAGE: Final = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedPath:
+    """A published path as a look-up finds it."""
+
+    path: StorePath
+    row: PathRow
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A path that is ready to be published: its frames are synced in packs, and these are their places.
+
+    digests and places run side by side (32 and PLACE_SIZE bytes each), one for each chunk of the manifest.
+    """
+
+    record: record.Record
+    manifest_place: Place
+    size: int
+    files: int
+    digests: bytes | bytearray
+    places: bytes | bytearray
+    flags: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """What became of a candidate."""
+
+    path: StorePath
+    new: bool
+    amended: bool = False
+    conflict: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """What a store holds. Bytes.
+
+    Logical is the sum of all regular files of all paths, unique that of distinct chunks.
+    """
+
+    paths: int
+    nodes: int
+    files: int
+    chunks: int
+    manifests: int
+    packs: int
+    logical: int
+    unique: int
+    stored: int
+    manifest_stored: int
+    next_serial: int
+    next_base: int
+    damaged_rows: int
+
+
+class LocalStore:
+    """One store on this disk."""
+
+    def __init__(
+        self, state: StateFolder, *, write: bool, lock_timeout: float = DEFAULT_LOCK_TIMEOUT
+    ) -> None:
+        self.state = state
+        self.lock_timeout = lock_timeout
+        self._write = write
+        self.packs = PackReader(state.root)
+        self._journal = Journal(state.root / "journal")
+        self._journalled: set[int] = set()  # serials that this process knows to be synced in the journal
+        self._swap = threading.Lock()
+        self._stamp: tuple[int, int] | None = None
+        self._checked = 0.0
+        self._folder_known: set[int] = set()
+        if write:
+            with state.write_lock(lock_timeout):
+                self._index = self._open_current()
+        else:
+            self._index = self._open_current()
+
+    @classmethod
+    def open(
+        cls,
+        root: Path,
+        *,
+        write: bool = False,
+        create: bool = False,
+        store_dir: str = DEFAULT_STORE_DIR,
+        lock_timeout: float = DEFAULT_LOCK_TIMEOUT,
+    ) -> LocalStore:
+        """Open the store in a folder; with create, make one where none is."""
+        if not create:
+            return cls(StateFolder.open(root), write=write, lock_timeout=lock_timeout)
+        state = StateFolder.create(root, store_dir)
+        if not (root / "format").exists():
+            with state.write_lock(lock_timeout):
+                if not (root / "format").exists():
+                    (root / "index" / "1").mkdir(exist_ok=True)
+                    Index(root / "index" / "1", 1, write=True, create=True).close()
+                    sync_folder(root / "index" / "1")
+                    state.switch_index(1)
+                    state.finish_creation()
+        if state.format.store_dir != store_dir:
+            raise StoreAbsent(f"{root}: a store for {state.format.store_dir}, not for {store_dir}")
+        return cls(StateFolder.open(root), write=write, lock_timeout=lock_timeout)
+
+    @property
+    def store_dir(self) -> str:
+        """The store directory that the paths of this store are in, usually /nix/store."""
+        return self.state.format.store_dir
+
+    def close(self) -> None:
+        """Close the index. Nothing may use this object any more."""
+        self._index.close()
+
+    def __enter__(self) -> LocalStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- the current index
+
+    def _open_current(self) -> Index:
+        for attempt in range(20):
+            self._stamp = self.state.index_stamp()
+            number = self.state.current_index()
+            path = self.state.root / "index" / str(number)
+            if path.is_dir():
+                try:
+                    return Index(path, number, write=self._write)
+                except IndexLost:
+                    if self.state.index_stamp() == self._stamp:
+                        raise
+            elif self.state.index_stamp() == self._stamp:
+                break
+            time.sleep(0.01 * attempt)  # a rebuild is switching just now
+        raise IndexLost(
+            f"{self.state.root}/index: the index is gone; run `cidfs --state {self.state.root} rebuild`"
+        )
+
+    def _current(self) -> Index:
+        now = time.monotonic()
+        if now - self._checked > POLL_SECONDS:
+            self._checked = now
+            self.refresh()
+        return self._index
+
+    def refresh(self) -> bool:
+        """Look whether another index counts now, and use it; say whether it did.
+
+        An index that is gone altogether leaves the old one in use: its file is still mapped here.
+        """
+        with self._swap:
+            stamp = self.state.index_stamp()
+            if stamp == self._stamp or stamp is None:
+                return False
+            before = self._stamp
+            try:
+                # the old environment closes with the last transaction that uses it
+                self._index = self._open_current()
+            except IndexLost:
+                self._stamp = before
+                return False
+            return True
+
+    # --- look-ups
+
+    def find(self, hash_part: bytes) -> PathRow | None:
+        """Return the row of the published path with a hash part (32 ASCII bytes), or None."""
+        row = self._current().get("paths", hash_part)
+        return PathRow.unpack(row) if row is not None else None
+
+    def find_path(self, path: StorePath) -> PathRow | None:
+        """Return the row of a store path when it is published under just that name."""
+        row = self.find(path.hash_part.encode())
+        return row if row is not None and row.name == path.name.encode() else None
+
+    def record_of(self, hash_part: str) -> record.Record | None:
+        """Return the record of a published path, without its hints."""
+        raw = self._current().get("records", hash_part.encode())
+        return record.decode(raw) if raw is not None else None
+
+    def referrers(self, hash_part: str) -> list[str]:
+        """Return the hash parts of the published paths that refer to a path."""
+        with self._current().read() as txn:
+            return [r.decode() for r in tables.referrers(txn, hash_part.encode())]
+
+    def range_of(self, inode: int) -> tuple[int, InodeRow] | None:
+        """Return base and row of the range that an inode number is in, or None."""
+        with self._current().read() as txn:
+            for key, raw in txn.rows("inodes", number_key(inode), reverse=True):
+                base = key_number(key)
+                if raw is None:
+                    return None
+                row = InodeRow.unpack(raw)
+                return (base, row) if base <= inode < base + row.nodes else None
+        return None
+
+    def place(self, database: str, digest: bytes) -> Place | None:
+        """Return where a chunk (`chunks`) or a manifest (`manifests`) lies, or None."""
+        row = self._current().get(database, digest)
+        return Place.unpack(row) if row is not None else None
+
+    def chunk_places(self, digests: Sequence[bytes]) -> list[Place | None]:
+        """Return the places of several chunks, looked up in one transaction."""
+        found: list[Place | None] = []
+        with self._current().read() as txn:
+            for digest in digests:
+                row = txn.get("chunks", digest)
+                found.append(Place.unpack(row) if row is not None else None)
+        return found
+
+    def _read(self, database: str, digest: bytes) -> bytes:
+        place = self.place(database, digest)
+        if place is not None:
+            try:
+                return self.packs.read(digest, place)
+            except (ChunkMissing, ChunkInvalid):
+                self.packs.forget(
+                    place.pack
+                )  # perhaps moved by a collection: a fresh look before it counts as damage
+        self.refresh()
+        place = self.place(database, digest)
+        if place is None:
+            raise ChunkMissing(
+                f"{cid_text(digest)}: not in {self.state.root}; `cidfs verify` says what it touches"
+            )
+        return self.packs.read(digest, place)
+
+    def read_chunk(self, digest: bytes) -> bytes:
+        """Return a chunk's verified bytes; raise ChunkMissing or ChunkInvalid."""
+        return self._read("chunks", digest)
+
+    def read_manifest(self, digest: bytes) -> Manifest:
+        """Return a manifest, its digest verified; raise ChunkMissing, ChunkInvalid or FormatError."""
+        return Manifest(self._read("manifests", digest))
+
+    def _pages(self, database: str) -> Iterator[list[tuple[bytes, bytes | None]]]:
+        start = b""
+        while True:
+            page: list[tuple[bytes, bytes | None]] = []
+            with self._current().read() as txn:
+                for item in txn.rows(database, start):
+                    page.append(item)
+                    if len(page) == PAGE:
+                        break
+            if page:
+                yield page
+            if len(page) < PAGE:
+                return
+            start = page[-1][0] + b"\0"
+
+    def paths(self) -> Iterator[PublishedPath]:
+        """Yield all published paths in the order of their hash parts, a page a transaction."""
+        for page in self._pages("paths"):
+            for key, raw in page:
+                if raw is not None:
+                    row = PathRow.unpack(raw)
+                    yield PublishedPath(_store_path(key, row), row)
+
+    def publications(self, start: int) -> Iterator[tuple[int, PublishedPath]]:
+        """Yield inode base and path of what is published, by base, from the first base that is not below start."""
+        while True:
+            page: list[tuple[int, PublishedPath]] = []
+            seen = 0
+            with self._current().read() as txn:
+                for key, raw in txn.rows("inodes", number_key(start)):
+                    seen += 1
+                    start = key_number(key) + 1
+                    if raw is not None:
+                        here = InodeRow.unpack(raw)
+                        row = tables.find_path(txn, here.hash_part)
+                        if row is not None and row.base == start - 1:
+                            page.append((row.base, PublishedPath(_store_path(here.hash_part, row), row)))
+                    if seen == PAGE:
+                        break
+            yield from page
+            if seen < PAGE:
+                return
+
+    def places(self, database: str) -> Iterator[tuple[bytes, Place]]:
+        """Yield digest and place of all chunks or manifests."""
+        for page in self._pages(database):
+            for key, raw in page:
+                if raw is not None:
+                    yield key, Place.unpack(raw)
+
+    def totals(self) -> Totals:
+        """Count what the store holds."""
+        nodes = files = logical = unique = stored = manifest_stored = packs = 0
+        for published in self.paths():
+            nodes += published.row.count
+            files += published.row.files
+            logical += published.row.size
+        for page in self._pages("packs"):
+            for _, raw in page:
+                if raw is None:
+                    continue
+                row = PackRow.unpack(raw)
+                packs += 1
+                if row.kind > CACHE:
+                    manifest_stored += row.stored
+                else:
+                    unique += row.length
+                    stored += row.stored
+        index = self._current()
+        with index.read() as txn:
+            return Totals(
+                paths=txn.entries("paths"),
+                nodes=nodes,
+                files=files,
+                chunks=txn.entries("chunks"),
+                manifests=txn.entries("manifests"),
+                packs=packs,
+                logical=logical,
+                unique=unique,
+                stored=stored,
+                manifest_stored=manifest_stored,
+                next_serial=max(1, txn.number("next-serial")),
+                next_base=max(FIRST_INODE, txn.number("next-base")),
+                damaged_rows=index.damaged_rows,
+            )
+
+    def next_base(self) -> int:
+        """Return the inode base that the next publication gets."""
+        with self._current().read() as txn:
+            return max(FIRST_INODE, txn.number("next-base"))
+
+    def free_dead_readers(self) -> int:
+        """Free the reader slots of processes that died; they would keep old pages from being used again."""
+        return int(self._current().env.reader_check())
+
+    def lost_rows(self) -> list[str]:
+        """Return a line for each database that holds another number of rows than was noted at its last commit."""
+        lines = []
+        index = self._current()
+        with index.read() as txn:
+            for name in sorted(set(index.db) - {"meta"}):
+                noted, there = txn.number(f"count:{name}"), txn.entries(name)
+                if noted != there:
+                    lines.append(f"{index.path}: {name} has {there} rows where {noted} were written")
+        return lines
+
+    def lease(self, kind: str, *, mountpoint: str = "", transport: str = "") -> Lease:
+        """Say that this process is at work from now on; before its first look-up."""
+        with self._current().read() as txn:
+            serial = max(1, txn.number("next-serial"))
+        return self.state.take_lease(kind, serial, mountpoint=mountpoint, transport=transport)
+
+    # --- writing
+
+    def pack_writer(self, kind: int) -> PackWriter:
+        """Return a writer of packs of a kind that takes over an open one where it can."""
+        with self._current().read() as txn:
+            listed = txn.get("meta", b"open:%d" % kind) or b""
+        packs = [listed[i : i + PACK_ID_SIZE] for i in range(0, len(listed), PACK_ID_SIZE)]
+        return PackWriter(self.state.root, kind, packs)
+
+    @contextlib.contextmanager
+    def _transaction_lock(self) -> Iterator[Index]:
+        """Hold the write lock, with the index that counts now and a schema that we know."""
+        with self.state.write_lock(self.lock_timeout):
+            StateFolder.open(self.state.root)  # a long ingest may span an upgrade
+            if self.state.index_stamp() != self._stamp:
+                with self._swap:
+                    self._index = self._open_current()
+            if self._index.number not in self._folder_known:
+                sync_folder(self.state.root / "index")  # whoever switched it may have died before doing so
+                self._folder_known.add(self._index.number)
+            self._index.check_schema()
+            yield self._index
+
+    def put_places(self, database: str, rows: Sequence[tuple[bytes, Place]], writer: PackWriter) -> None:
+        """Commit the rows of frames that are synced; a digest that has a row keeps it."""
+        with self._transaction_lock() as index, index.write() as txn:
+            for digest, place in rows:
+                if txn.get(database, digest) is None:
+                    txn.put_place(database, digest, place)
+            self._note_packs(txn, writer)
+
+    @staticmethod
+    def _note_packs(txn: WriteTxn, writer: PackWriter) -> None:
+        for identity, sealed in writer.changed.items():
+            txn.note_pack(identity, writer.kind, sealed=sealed)
+        writer.changed.clear()
+
+    def publish(self, group: Sequence[Candidate]) -> list[Published]:
+        """Publish a group of paths in one transaction, references before referrers.
+
+        When this returns, all of it is visible and durable, in LMDB and in the journal. A path that is
+        published with the same contents is left as it is (signatures that it lacked are added); with others
+        it is reported as a conflict and the rest goes on.
+        """
+        outcomes: list[Published] = []
+        with self._transaction_lock() as index:
+            with index.write() as txn:
+                foreign = self._settle_pending(txn)
+                entries: list[journal.Entry] = []
+                serial = max(1, txn.number("next-serial"))
+                base = max(FIRST_INODE, txn.number("next-base"))
+                for candidate in group:
+                    outcome, entry = self._publish_one(txn, candidate, serial + len(entries), base)
+                    outcomes.append(outcome)
+                    if entry is not None:
+                        entries.append(entry)
+                    if isinstance(entry, journal.Publication):
+                        base += entry.count
+                frame = b""
+                if entries:
+                    self._raise_limit(txn, base)
+                    txn.put_number("next-serial", serial + len(entries))
+                    txn.put_number("next-base", base)
+                    frame = journal.encode(entries)
+                    txn.put("pending", number_key(serial), frame)
+            if foreign or frame:
+                self._journal.append([*foreign.values(), *([frame] if frame else [])])
+                self._journalled.update(foreign)
+                if frame:
+                    self._journalled.add(serial)
+        return outcomes
+
+    def _settle_pending(self, txn: WriteTxn) -> dict[int, bytes]:
+        """Drop what this process knows to be in the journal.
+
+        Return the frames that it does not know to be there.
+        """
+        unknown: dict[int, bytes] = {}
+        for key, raw in list(txn.rows("pending")):
+            serial = key_number(key)
+            if serial in self._journalled:
+                txn.delete("pending", key)
+            elif raw is not None:
+                unknown[serial] = raw
+        self._journalled.clear()
+        return unknown
+
+    def _raise_limit(self, txn: WriteTxn, base: int) -> None:
+        if base > txn.number("limit"):
+            limit = max(base, self.state.inode_limit()) + INODE_STEP
+            self.state.write_inode_limit(limit)
+            txn.put_number("limit", limit)
+
+    def _publish_one(
+        self, txn: WriteTxn, candidate: Candidate, serial: int, base: int
+    ) -> tuple[Published, journal.Publication | journal.Amendment | None]:
+        rec = candidate.record
+        key = rec.path.hash_part.encode()
+        row = tables.find_path(txn, key)
+        if row is not None:
+            return self._publish_again(txn, rec, row, serial)
+        self._restore(txn, "manifests", rec.manifest, candidate.manifest_place)
+        for i in range(len(candidate.digests) // 32):
+            digest = bytes(candidate.digests[32 * i : 32 * i + 32])
+            if txn.get("chunks", digest) is None:
+                place = Place.unpack(bytes(candidate.places[PLACE_SIZE * i : PLACE_SIZE * (i + 1)]))
+                self._restore(txn, "chunks", digest, place)
+        entry = journal.Publication(
+            serial, base, rec.node_count, candidate.flags, record.encode(rec, hints=False)
+        )
+        tables.put_publication(txn, entry, rec, size=candidate.size, files=candidate.files)
+        return Published(rec.path, new=True), entry
+
+    def _restore(self, txn: WriteTxn, database: str, digest: bytes, place: Place) -> None:
+        """Put back a row that went while the ingest ran; its pack waits for the ingest."""
+        if txn.get(database, digest) is not None:
+            return
+        if not pack_path(self.state.root, place.kind, place.pack).exists():
+            raise ChunkMissing(
+                f"{cid_text(digest)}: its pack is gone since it was stored; add the path again"
+            )
+        txn.put_place(database, digest, place)
+
+    @staticmethod
+    def _publish_again(
+        txn: WriteTxn, rec: record.Record, row: PathRow, serial: int
+    ) -> tuple[Published, journal.Amendment | None]:
+        raw = txn.get("records", rec.path.hash_part.encode())
+        if raw is None:
+            raise IndexLost(f"{rec.path}: its record is lost from the index; run `cidfs rebuild`")
+        old = record.decode(raw)
+        reason = ""
+        if row.name != rec.path.name.encode():
+            reason = f"{rec.path}: the hash part is published as {old.path}"
+        elif row.manifest != rec.manifest:
+            reason = f"{rec.path}: published with other contents; the first stays"
+        elif old.references != rec.references and rec.references:
+            reason = f"{rec.path}: published with other references; the first stays"
+        if reason:
+            return Published(rec.path, new=False, conflict=reason), None
+        merged = record.merge(old, rec)
+        if merged == old:
+            return Published(rec.path, new=False), None
+        amendment = journal.Amendment(serial, row.base, record.encode(merged, hints=False))
+        tables.put_amendment(txn, amendment)
+        return Published(rec.path, new=False, amended=True), amendment
+
+    # --- for rebuild and verification
+
+    def journal_replay_matches(self) -> list[str]:
+        """Return a line for each path on which index and journal differ."""
+        replay = self._journal.replay()
+        lines = list(replay.damage)
+        published: dict[str, journal.Publication] = {}
+        for serial in sorted(replay.entries):
+            entry = replay.entries[serial]
+            if isinstance(entry, journal.Publication):
+                published.setdefault(record.decode(entry.record).path.hash_part, entry)
+            elif isinstance(entry, journal.Removal):
+                published.pop(entry.hash_part, None)
+        with self._current().read() as txn:
+            pending = [raw for _, raw in self._pending(txn) if raw is not None]
+        late = {e.serial for raw in pending for e in _entries(raw)}
+        indexed = {p.path.hash_part: p for p in self.paths()}
+        for hash_part, entry in published.items():
+            if hash_part not in indexed:
+                lines.append(f"{record.decode(entry.record).path}: in the journal and not in the index")
+        for hash_part, there in indexed.items():
+            if hash_part not in published and there.row.serial not in late:
+                lines.append(f"{there.path}: in the index and not in the journal")
+        lines += [f"journal: serial {s} is in no whole frame" for s in replay.missing if s not in late]
+        return lines
+
+    @staticmethod
+    def _pending(txn: ReadTxn) -> list[tuple[bytes, bytes | None]]:
+        return list(txn.rows("pending"))
+
+
+def _store_path(hash_part: bytes, row: PathRow) -> StorePath:
+    return StorePath(hash_part.decode(), row.name.decode())
+
+
+def _entries(frame: bytes) -> tuple[journal.Entry, ...]:
+    return journal.decode(frames.read_data(frame, frames.read_header(frame))).entries

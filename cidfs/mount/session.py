@@ -1,0 +1,233 @@
+"""A mount as the operating system sees it: options, read-ahead, namespaces, taking it down.
+
+Owns every privileged call. `isolate` must run before any thread starts. Linux only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from cidfs.errors import MountFailed, MountPointAbsent, MountPointBusy, NotPermitted
+
+FILE_SYSTEM_TYPE: Final = "fuse.cidfs"
+READ_AHEAD_KIB: Final = 1024
+HELPER_SECONDS: Final = 20.0
+
+_CLONE_FS: Final = 0x200
+_CLONE_NEWNS: Final = 0x20000
+_MS_BIND: Final = 0x1000
+_MS_REC: Final = 0x4000
+_MS_PRIVATE: Final = 0x40000
+_MS_SLAVE: Final = 0x80000
+_MNT_DETACH: Final = 2
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True, slots=True)
+class MountInfo:
+    """A line of mountinfo."""
+
+    device: str
+    mountpoint: str
+    type: str
+    source: str
+
+
+def mounts() -> list[MountInfo]:
+    """Return what is mounted in this process's namespace, oldest first."""
+    found = []
+    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+        before, _, after = line.partition(" - ")
+        fields, rest = before.split(" "), after.split(" ")
+        found.append(MountInfo(fields[2], _unescape(fields[4]), rest[0], _unescape(rest[1])))
+    return found
+
+
+def mounted_at(mountpoint: Path) -> MountInfo | None:
+    """Return what is mounted uppermost at a folder, without touching it."""
+    here = None
+    for info in mounts():
+        if info.mountpoint == str(mountpoint):
+            here = info
+    return here
+
+
+def _unescape(text: str) -> str:
+    for code, char in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
+        text = text.replace(code, char)
+    return text
+
+
+def resolve(mountpoint: Path) -> Path:
+    """Return the absolute form of a mount point without touching a file system that may be dead there."""
+    parent = Path(os.path.abspath(mountpoint)).parent
+    return Path(os.path.realpath(parent)) / Path(os.path.abspath(mountpoint)).name
+
+
+def check_mountpoint(mountpoint: Path) -> None:
+    """Raise MountPointAbsent, MountPointBusy, NotPermitted or MountFailed where a mount could not succeed."""
+    there = mounted_at(mountpoint)
+    if there is not None:
+        try:
+            os.stat(mountpoint)
+        except OSError as e:
+            if e.errno == errno.ENOTCONN:
+                raise MountPointBusy(
+                    f"{mountpoint}: a dead mount is there; take it down with `cidfs umount {mountpoint}`"
+                ) from None
+        if there.type == FILE_SYSTEM_TYPE:
+            raise MountPointBusy(f"{mountpoint}: cidfs is mounted there already (store {there.source})")
+    try:
+        if not mountpoint.is_dir():
+            problem = "is not a directory" if mountpoint.exists() else "does not exist; make it first"
+            raise MountPointAbsent(f"{mountpoint}: the mount point {problem}")
+    except PermissionError:
+        raise NotPermitted(f"{mountpoint}: permission denied") from None
+    if not os.path.exists("/dev/fuse"):
+        raise MountFailed("/dev/fuse is not there: load the kernel's fuse module (`modprobe fuse`)")
+    if os.geteuid() != 0:
+        if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+            raise NotPermitted("/dev/fuse: permission denied; an administrator must allow you to use FUSE")
+        if shutil.which("fusermount3") is None:
+            raise MountFailed("fusermount3 is not there: install the package fuse3")
+        if not os.access(mountpoint, os.W_OK):
+            raise NotPermitted(f"{mountpoint}: you may only mount on a folder that you may write to")
+
+
+def options(source: Path) -> set[str]:
+    """Return the mount options; the state folder is shown as the source."""
+    name = str(source).replace("\\", "\\\\").replace(",", "\\,")
+    chosen = {f"fsname={name}", "subtype=cidfs", "ro", "noatime", "nosuid", "nodev"}
+    if os.geteuid() == 0 or _user_may_allow_other():
+        chosen.add("allow_other")
+    return chosen
+
+
+def _user_may_allow_other() -> bool:
+    try:
+        lines = Path("/etc/fuse.conf").read_text().splitlines()
+    except OSError:
+        return False
+    return any(line.strip() == "user_allow_other" for line in lines)
+
+
+def raise_read_ahead(mountpoint: Path) -> bool:
+    """Let the kernel read ahead in requests of a megabyte; say whether it could be set (root alone may)."""
+    info = mounted_at(mountpoint)
+    if info is None:
+        return False
+    try:
+        Path(f"/sys/class/bdi/{info.device}/read_ahead_kb").write_text(str(READ_AHEAD_KIB))
+    except OSError:
+        return False
+    return True
+
+
+def _call(result: int, what: str) -> None:
+    if result != 0:
+        raise MountFailed(f"{what}: {os.strerror(ctypes.get_errno())}")
+
+
+class Isolation:
+    """A mount namespace of the daemon's own, and the way back to the host's."""
+
+    def __init__(self, mountpoint: Path, host: int) -> None:
+        self._mountpoint = mountpoint
+        self._host = host
+
+    def unmount(self) -> None:
+        """Take the mount down in the host's namespace. Ends this thread's stay in its own one."""
+        # threads share one view of the file system until they are parted
+        _call(_libc.unshare(_CLONE_FS), "unshare")
+        _call(_libc.setns(self._host, _CLONE_NEWNS), "setns")
+        os.close(self._host)
+        unmount_if_mounted(self._mountpoint)
+
+
+def isolate(mountpoint: Path, store_dir: str) -> Isolation | None:
+    """Move this process into a mount namespace where no later overlay of the host covers its own files.
+
+    Unmounts of the host still get here (`rslave`), mounts over the store directory do not (it is bound onto
+    itself and private). The own copy of the mount is detached, or the host's umount would never end it. None
+    for who is not root.
+    """
+    if os.geteuid() != 0:
+        return None
+    host = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+    _call(_libc.unshare(_CLONE_NEWNS), "unshare")
+    _call(_libc.mount(None, b"/", None, ctypes.c_ulong(_MS_REC | _MS_SLAVE), None), "mount --make-rslave /")
+    _call(_libc.umount2(os.fsencode(mountpoint), _MNT_DETACH), f"umount {mountpoint}")
+    if os.path.isdir(store_dir):
+        where = os.fsencode(store_dir)
+        _call(_libc.mount(where, where, None, ctypes.c_ulong(_MS_BIND | _MS_REC), None), f"bind {store_dir}")
+        _call(
+            _libc.mount(None, where, None, ctypes.c_ulong(_MS_REC | _MS_PRIVATE), None), f"part {store_dir}"
+        )
+    os.chdir("/")
+    return Isolation(mountpoint, host)
+
+
+def unmount_if_mounted(mountpoint: Path) -> None:
+    """Take our mount down at once where it still is, even while somebody uses it: its daemon is ending."""
+    info = mounted_at(mountpoint)
+    if info is None or info.type != FILE_SYSTEM_TYPE:
+        return
+    if os.geteuid() == 0:
+        _libc.umount2(os.fsencode(mountpoint), _MNT_DETACH)
+    else:
+        _fusermount(mountpoint, lazy=True)
+
+
+def unmount(mountpoint: Path, *, lazy: bool) -> None:
+    """Take a cidfs mount down; raise MountPointAbsent, MountPointBusy or NotPermitted."""
+    info = mounted_at(mountpoint)
+    if info is None or info.type != FILE_SYSTEM_TYPE:
+        what = (
+            "nothing is mounted there"
+            if info is None
+            else f"a file system of type {info.type} is mounted there"
+        )
+        raise MountPointAbsent(f"{mountpoint}: no cidfs mount ({what})")
+    if os.geteuid() == 0:
+        if _libc.umount2(os.fsencode(mountpoint), _MNT_DETACH if lazy else 0) == 0:
+            return
+        code = ctypes.get_errno()
+        if code == errno.EBUSY:
+            raise MountPointBusy(_busy(mountpoint))
+        raise MountFailed(f"{mountpoint}: cannot be unmounted: {os.strerror(code)}")
+    problem = _fusermount(mountpoint, lazy=lazy)
+    if problem:
+        if "busy" in problem:
+            raise MountPointBusy(_busy(mountpoint))
+        raise NotPermitted(f"{mountpoint}: cannot be unmounted: {problem}")
+
+
+def _busy(mountpoint: Path) -> str:
+    return (
+        f"{mountpoint}: in use (by a process in it, or an overlay above it; `fuser -vm {mountpoint}` shows by whom);"
+        " end that first, or use --lazy"
+    )
+
+
+def _fusermount(mountpoint: Path, *, lazy: bool) -> str:
+    """Run fusermount3 -u and return what it complains of."""
+    command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", str(mountpoint)]
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=HELPER_SECONDS,
+            stdin=subprocess.DEVNULL,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as e:
+        return str(e)
+    return "" if done.returncode == 0 else done.stderr.strip() or "fusermount3 failed"

@@ -1,0 +1,1 @@
+"""Ways to carry StoreView to the kernel."""
