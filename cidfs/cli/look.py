@@ -9,7 +9,7 @@ import msgspec
 import typer
 
 from cidfs.cli.common import GLOBALS, Located, locate
-from cidfs.cli.output import raw, result, show_table, size_text
+from cidfs.cli.output import raw, result, show_facts, size_text
 from cidfs.engine.export import file_pieces, nar_pieces
 from cidfs.errors import PathAbsent, UsageError
 from cidfs.formats.digest import cid_text, looks_like_cid, parse_cid, sha256_text
@@ -95,7 +95,7 @@ def info(
         shown = value if isinstance(value, list) else [value]
         for i, each in enumerate(shown or ["-"]):
             rows.append((name.replace("_", " ") if i == 0 else "", _shown(name, each)))
-    show_table("", rows)
+    show_facts(rows)
 
 
 def _shown(name: str, value: object) -> str:

@@ -80,6 +80,8 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "cat": look.cat,
     "info": look.info,
     "nar": look.nar,
+    "verify": store.verify,
+    "rebuild": store.rebuild,
 }
 for _name, _command in _COMMANDS.items():
     app.command(name=_name)(_command)

@@ -45,8 +45,15 @@ def size_text(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
+def show_facts(rows: list[tuple[str, str]]) -> None:
+    """Show names and values as plain lines, never cut."""
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        result(f"{name:<{width}}  {value}")
+
+
 def show_table(title: str, rows: list[tuple[str, str]]) -> None:
-    """Show names and values."""
+    """Show names and numbers."""
     table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
@@ -105,6 +112,11 @@ class Steps:
         """So many steps were done."""
         if self._bar is not None and self._task is not None:
             self._bar.advance(self._task, count)
+
+    def remaining(self, label: str, left: int) -> None:
+        """So many steps of a stage are left."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, description=f"{label}, {left} to go")
 
 
 @contextlib.contextmanager

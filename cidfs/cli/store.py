@@ -1,4 +1,4 @@
-"""Commands that change the store: add, import."""
+"""Commands that change the store or examine it: add, import, verify, rebuild."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ from typing import Annotated
 import trio
 import typer
 
-from cidfs.cli.common import GLOBALS
-from cidfs.cli.output import ingest_progress, result, say
+from cidfs.cli.common import GLOBALS, published
+from cidfs.cli.output import ingest_progress, result, say, steps_progress
 from cidfs.engine.ingest import Wanted, ingest
 from cidfs.engine.nix_db import NixDatabase, ValidPath
 from cidfs.engine.sources import DiskSource, NarSource
-from cidfs.errors import Conflict, FormatError, SourceError, UsageError
+from cidfs.engine.verify import verify as check
+from cidfs.errors import Conflict, Damaged, FormatError, SourceError, UsageError
 from cidfs.formats.digest import parse_sha256
 from cidfs.formats.store_path import StorePath, check_name, parse_store_path
-from cidfs.local.store import LocalStore, Published
+from cidfs.local.rebuild import rebuild as make_anew
+from cidfs.local.state import StateFolder
+from cidfs.local.store import LocalStore, Published, PublishedPath
 
 
 def _ingest(store: LocalStore, wanted: Sequence[Wanted], asked_for: set[StorePath] | None = None) -> None:
@@ -166,3 +169,53 @@ def _import_nar(name: str, nar_hash: str) -> None:
 
 def _stdin_read(count: int) -> bytes:
     return os.read(0, count)
+
+
+def verify(
+    paths: Annotated[
+        list[str] | None, typer.Argument(metavar="[PATH...]", help="Store paths; none: the whole store.")
+    ] = None,
+) -> None:
+    """Check what is stored: every frame, every manifest, every NAR hash, index against journal.
+
+    Prints a line for each damaged thing and for each store path that it touches; the exit code is 16 then.
+    """
+    with GLOBALS.open_store() as store, steps_progress() as steps:
+        chosen = None
+        if paths:
+            named = [_store_path(t, store.store_dir) for t in paths]
+            chosen = [PublishedPath(p, published(store, p)) for p in named]
+        report = trio.run(check, store, chosen, steps)
+    for line in report.problems:
+        result(line)
+    if report.problems:
+        raise Damaged(
+            f"{store.state.root}: {len(report.problems)} problems found in {report.paths} store paths"
+        )
+    scope = f"{report.packs} packs with {report.frames} frames and " if chosen is None else ""
+    say(f"verified {scope}{report.paths} store paths: all is well")
+
+
+def rebuild(
+    accept_loss: Annotated[
+        bool,
+        typer.Option(
+            "--accept-loss", help="Go on although the journal has gaps; what stood there is forgotten."
+        ),
+    ] = False,
+) -> None:
+    """Make the index anew from packs and journal: the same paths, attributes, bytes and inode numbers.
+
+    Mounts may run meanwhile; they take the new index within a second.
+    """
+    settings = GLOBALS.settings()
+    timeout = settings.store.lock_timeout if GLOBALS.lock_timeout is None else GLOBALS.lock_timeout
+    state = StateFolder.open(Path(settings.store.state))
+    with steps_progress() as steps:
+        report = make_anew(state, lock_timeout=timeout, accept_loss=accept_loss, progress=steps.remaining)
+    for line in report.problems:
+        say(f"cidfs: {line}")
+    say(
+        f"rebuilt: {report.paths} store paths, {report.chunks} chunks and {report.manifests} manifests"
+        f" in {report.packs} packs"
+    )

@@ -214,6 +214,13 @@ class WriteTxn(ReadTxn):
         self._count(place, 1)
         self.put(database, digest, place.packed())
 
+    def drop_place(self, database: str, digest: bytes) -> None:
+        """Forget where a chunk or a manifest lies."""
+        old = self.get(database, digest)
+        if old is not None:
+            self._count(Place.unpack(old), -1)
+            self.delete(database, digest)
+
     def _count(self, place: Place, sign: int) -> None:
         delta = self._packs.setdefault(place.pack, [place.kind, 0, 0, 0])
         delta[1] += sign * place.stored

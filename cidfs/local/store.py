@@ -23,7 +23,7 @@ from cidfs.formats.manifest import Manifest
 from cidfs.formats.store_path import DEFAULT_STORE_DIR, StorePath
 from cidfs.local import tables
 from cidfs.local.files import sync_folder
-from cidfs.local.index import Index, ReadTxn, WriteTxn
+from cidfs.local.index import Index, WriteTxn
 from cidfs.local.journal import Journal
 from cidfs.local.packs import CACHE, PackReader, PackWriter, pack_path
 from cidfs.local.rows import (
@@ -336,17 +336,14 @@ class LocalStore:
             nodes += published.row.count
             files += published.row.files
             logical += published.row.size
-        for page in self._pages("packs"):
-            for _, raw in page:
-                if raw is None:
-                    continue
-                row = PackRow.unpack(raw)
+        for _, row in self.pack_rows():
+            if row.frames:
                 packs += 1
-                if row.kind > CACHE:
-                    manifest_stored += row.stored
-                else:
-                    unique += row.length
-                    stored += row.stored
+            if row.kind > CACHE:
+                manifest_stored += row.stored
+            else:
+                unique += row.length
+                stored += row.stored
         index = self._current()
         with index.read() as txn:
             return Totals(
@@ -538,35 +535,41 @@ class LocalStore:
         tables.put_amendment(txn, amendment)
         return Published(rec.path, new=False, amended=True), amendment
 
-    # --- for rebuild and verification
+    # --- for verification
 
-    def journal_replay_matches(self) -> list[str]:
-        """Return a line for each path on which index and journal differ."""
-        replay = self._journal.replay()
+    def pack_rows(self) -> Iterator[tuple[bytes, PackRow]]:
+        """Yield identity and row of all packs."""
+        for page in self._pages("packs"):
+            for key, raw in page:
+                if raw is not None:
+                    yield key, PackRow.unpack(raw)
+
+    def journal_differences(self) -> list[str]:
+        """Return a line for each thing on which index and journal differ, and for each damage in the journal."""
+        with self.state.write_lock(
+            self.lock_timeout
+        ):  # or a publication might be in one and not yet in the other
+            replay = self._journal.replay()
+            published: dict[str, int] = {}
+            for serial in sorted(replay.entries):
+                entry = replay.entries[serial]
+                if isinstance(entry, journal.Publication):
+                    published.setdefault(record.decode(entry.record).path.hash_part, serial)
+                elif isinstance(entry, journal.Removal):
+                    published.pop(entry.hash_part, None)
+            with self._current().read() as txn:
+                late = {e.serial for _, raw in txn.rows("pending") if raw is not None for e in _entries(raw)}
+            indexed = {p.path.hash_part: p.row.serial for p in self.paths()}
         lines = list(replay.damage)
-        published: dict[str, journal.Publication] = {}
-        for serial in sorted(replay.entries):
-            entry = replay.entries[serial]
-            if isinstance(entry, journal.Publication):
-                published.setdefault(record.decode(entry.record).path.hash_part, entry)
-            elif isinstance(entry, journal.Removal):
-                published.pop(entry.hash_part, None)
-        with self._current().read() as txn:
-            pending = [raw for _, raw in self._pending(txn) if raw is not None]
-        late = {e.serial for raw in pending for e in _entries(raw)}
-        indexed = {p.path.hash_part: p for p in self.paths()}
-        for hash_part, entry in published.items():
-            if hash_part not in indexed:
-                lines.append(f"{record.decode(entry.record).path}: in the journal and not in the index")
-        for hash_part, there in indexed.items():
-            if hash_part not in published and there.row.serial not in late:
-                lines.append(f"{there.path}: in the index and not in the journal")
         lines += [f"journal: serial {s} is in no whole frame" for s in replay.missing if s not in late]
+        for hash_part in sorted({*published, *indexed}):
+            if published.get(hash_part, indexed.get(hash_part)) in late:
+                continue
+            if hash_part not in indexed:
+                lines.append(f"{hash_part}: in the journal and not in the index; run `cidfs rebuild`")
+            elif hash_part not in published:
+                lines.append(f"{hash_part}: in the index and not in the journal; run `cidfs rebuild`")
         return lines
-
-    @staticmethod
-    def _pending(txn: ReadTxn) -> list[tuple[bytes, bytes | None]]:
-        return list(txn.rows("pending"))
 
 
 def _store_path(hash_part: bytes, row: PathRow) -> StorePath:
