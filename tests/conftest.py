@@ -1,0 +1,44 @@
+"""What all tests share: --long, and a store on disk reached through the real command line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.commands import Store, unmount_left_over
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add --long."""
+    parser.addoption("--long", action="store_true", help="full sizes: 10 GiB, a million files (about an hour)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep the option where helpers reach it."""
+    Store.long = bool(config.getoption("--long"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say what this run left out."""
+    if not Store.long:
+        terminalreporter.write_line("not run: the full sizes (10 GiB, a million files); --long runs them")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    """A state folder of its own; what is mounted from it is taken down afterwards, and must be gone."""
+    here = Store(tmp_path / "state")
+    yield here
+    left = here.end()
+    unmount_left_over(tmp_path)
+    assert not left, f"daemons did not end: {left}"
+
+
+@pytest.fixture
+def mountpoint(tmp_path: Path) -> Path:
+    """An empty folder."""
+    folder = tmp_path / "mnt"
+    folder.mkdir()
+    return folder
