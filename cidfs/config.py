@@ -48,9 +48,9 @@ def default_state() -> Path:
 
 
 def load(config: Path | None, state: Path | None) -> Settings:
-    """Return the settings of a file (that of the system when none is named and it exists), with a state folder filled in.
+    """Return the settings of a file, with a state folder filled in.
 
-    Raises UsageError for a file that is missing, cannot be read, or has unknown keys.
+    When none is named, that of the system counts, if there is one.     Raises UsageError for a file that is missing, cannot be read, or has unknown keys.
     """
     settings = Settings()
     path = config or (SYSTEM_CONFIG if SYSTEM_CONFIG.exists() else None)

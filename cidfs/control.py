@@ -78,7 +78,7 @@ def ask(path: Path, request: Request, timeout: float = DEFAULT_TIMEOUT) -> Daemo
 
 
 class SocketAddress:
-    """A path for bind and connect that is short enough for a socket address, whatever the folder is called."""
+    """A path for bind and connect that fits a socket address, however long the folder's name."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -61,10 +61,12 @@ def run(plan: MountPlan, ready: Callable[[], None]) -> None:
         lease = store.lease("mount", mountpoint=str(plan.mountpoint), transport="pyfuse3")
         stack.callback(lease.release)
         transport = Pyfuse3Transport(StoreView(store, list_root=plan.list_root))
+        complaint: list[str] = []
         try:
-            transport.mount(str(plan.mountpoint), session.options(plan.state))
+            with session.captured_stderr(complaint):
+                transport.mount(str(plan.mountpoint), session.options(plan.state))
         except RuntimeError as e:
-            raise MountFailed(f"{plan.mountpoint}: the mount failed ({e}); see the lines above") from e
+            raise MountFailed(f"{plan.mountpoint}: the mount failed: {' '.join(complaint) or e}") from e
         isolation: session.Isolation | None = None
         try:
             session.raise_read_ahead(plan.mountpoint)

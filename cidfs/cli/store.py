@@ -90,7 +90,7 @@ def import_(
     name: Annotated[
         str,
         typer.Option(
-            help="With -: the name of the path that the NAR's contents give, or a whole store path to take as it is."
+            help="With -: the name that the contents shall have, or a whole store path to take as it is."
         ),
     ] = "",
     nar_hash: Annotated[

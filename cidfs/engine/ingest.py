@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+import msgspec
 import trio
 
 from cidfs.engine.sources import Batch, Source, Tree
@@ -52,6 +53,14 @@ class Wanted:
     ca: str = ""
     signatures: tuple[str, ...] = ()
 
+    def same_as(self, known: Record) -> bool:
+        """Whether a published path has these very contents and references, so that nothing need be read."""
+        return (
+            self.expected_hash == known.nar_hash
+            and self.expected_size in (None, known.nar_size)
+            and tuple(sorted(set(self.references))) == known.references
+        )
+
 
 class Progress:
     """What an ingest tells while it runs; does nothing unless overridden. Called from the trio thread."""
@@ -68,21 +77,29 @@ Encoded = list[tuple[bytes, Place | None, int, bytes, int]]
 
 @dataclass(slots=True)
 class _Slot:
-    """A batch on its way; last marks the end of its tree, failure that the reader stopped there."""
+    """A batch on its way.
+
+    last marks the end of its tree, failure that the reader stopped there, known a path that is published with
+    the same contents.
+    """
 
     wanted: Wanted
     tree: Tree
     batch: Batch
     last: bool = False
     failure: BaseException | None = None
+    known: Candidate | None = None
     encoded: Encoded = field(default_factory=list)
     done: trio.Event = field(default_factory=trio.Event)
 
 
 class _Ingest:
-    def __init__(self, store: LocalStore, progress: Progress) -> None:
+    def __init__(
+        self, store: LocalStore, progress: Progress, on_published: Callable[[Sequence[Published]], None]
+    ) -> None:
         self._store = store
         self._progress = progress
+        self._on_published = on_published
         self._own = store.pack_writer(OWN)
         self._manifests = store.pack_writer(MANIFEST)
         self._new_chunks: dict[bytes, Place] = {}  # appended here, without a row yet
@@ -119,6 +136,12 @@ class _Ingest:
         async with to_encode, to_write:
             for item in wanted:
                 self._progress.path(item.source.label)
+                known = await trio.to_thread.run_sync(self._known, item)
+                if known is not None:
+                    here = _Slot(item, Tree(), [], known=known)
+                    here.done.set()
+                    await to_write.send(here)
+                    continue
                 tree = Tree()
                 batches = item.source.read(tree)
                 slot: _Slot | None = None
@@ -140,6 +163,22 @@ class _Ingest:
                     stop.done.set()
                     await to_write.send(stop)
                     return
+
+    def _known(self, wanted: Wanted) -> Candidate | None:
+        """Return the candidate for a path that is published with the same contents, or None."""
+        if wanted.path is None or wanted.expected_hash is None:
+            return None
+        row = self._store.find_path(wanted.path)
+        known = self._store.record_of(wanted.path.hash_part) if row is not None else None
+        if row is None or known is None or not wanted.same_as(known):
+            return None
+        place = self._store.place("manifests", known.manifest)
+        if place is None:
+            return None
+        told = msgspec.structs.replace(
+            known, signatures=tuple(sorted(set(wanted.signatures))), deriver=wanted.deriver, ca=wanted.ca
+        )
+        return Candidate(told, place, row.size, row.files, b"", b"", already_here=True)
 
     # --- digesting and compressing
 
@@ -174,6 +213,11 @@ class _Ingest:
                 if slot.failure is not None:
                     await self._flush()
                     raise slot.failure
+                if slot.known is not None:
+                    self._add_ready(slot.known)
+                    if self._group_is_full():
+                        await self._flush()
+                    continue
                 await trio.to_thread.run_sync(self._store_batch, slot)
                 self._progress.bytes(sum(item[4] for item in slot.encoded))
                 slot.encoded = []
@@ -183,14 +227,17 @@ class _Ingest:
                     except CidfsError:
                         await self._flush()
                         raise
-                    self._first_ready = self._first_ready if self._ready else trio.current_time()
-                    self._ready.append(candidate)
-                    self._ready_chunks += len(candidate.digests) // 32
+                    self._add_ready(candidate)
                 if self._group_is_full():
                     await self._flush()
                 elif len(self._new_chunks) >= ROWS_A_TRANSACTION:
                     await trio.to_thread.run_sync(self._commit_rows)
         await self._flush()
+
+    def _add_ready(self, candidate: Candidate) -> None:
+        self._first_ready = self._first_ready if self._ready else trio.current_time()
+        self._ready.append(candidate)
+        self._ready_chunks += len(candidate.digests) // 32
 
     def _group_is_full(self) -> bool:
         return bool(self._ready) and (
@@ -236,8 +283,8 @@ class _Ingest:
             )
         if wanted.expected_size is not None and wanted.expected_size != tree.nar_size:
             raise HashMismatch(
-                f"{label}: its NAR has {tree.nar_size} bytes where {wanted.expected_size} are expected; nothing of"
-                " it is published"
+                f"{label}: its NAR has {tree.nar_size} bytes where {wanted.expected_size} are expected;"
+                " nothing of it is published"
             )
         raw = tree.builder.encode()
         manifest = Manifest(raw)
@@ -284,7 +331,9 @@ class _Ingest:
         """Publish the finished paths."""
         ready, self._ready, self._ready_chunks = self._ready, [], 0
         if ready:
-            self.outcomes += await trio.to_thread.run_sync(self._publish, ready)
+            outcomes = await trio.to_thread.run_sync(self._publish, ready)
+            self.outcomes += outcomes
+            self._on_published(outcomes)
 
     def _publish(self, ready: Sequence[Candidate]) -> list[Published]:
         self._commit_rows()
@@ -304,19 +353,17 @@ async def ingest(
 ) -> list[Published]:
     """Ingest sources and publish them, references before referrers if they come in that order.
 
-    Returns the outcomes in the order given. An error ends it: what was finished before it is published,
-    nothing of what failed is.
+    on_published is told each group once it is durable. Returns the outcomes in the order given. An error ends
+    it: what was finished before it is published, nothing of what failed is.
     """
     lease = await trio.to_thread.run_sync(store.lease, "ingest")
-    work = _Ingest(store, progress or Progress())
+    work = _Ingest(store, progress or Progress(), on_published or (lambda outcomes: None))
     try:
         await work.run(wanted)
     except BaseExceptionGroup as group:
         raise first_error(group) from group
     finally:
         lease.release()
-        if on_published is not None:
-            on_published(work.outcomes)
     return work.outcomes
 
 

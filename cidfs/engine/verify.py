@@ -1,4 +1,6 @@
-"""Verification: what is stored, against itself. Every frame, every manifest, every NAR hash; index against journal.
+"""Verification: what is stored, against itself.
+
+Every frame, every manifest, every NAR hash; the index against packs and journal.
 
 Reads everything, changes nothing, and may run beside mounts and adds. Packs are read in file order, several
 at a time.

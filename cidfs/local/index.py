@@ -88,8 +88,8 @@ class Index:
             raise IndexLost(f"{self.path}: the index does not say its version; run `cidfs rebuild`")
         if schema != SCHEMA:
             raise StoreVersion(
-                f"{self.path}: an index of schema {schema}, and this cidfs knows {SCHEMA}: use the cidfs that wrote"
-                " it"
+                f"{self.path}: an index of schema {schema}, and this cidfs knows {SCHEMA}:"
+                " use the cidfs that wrote it"
             )
 
     @contextlib.contextmanager
@@ -117,8 +117,11 @@ class Index:
 
     def get(self, database: str, key: bytes) -> bytes | None:
         """Return one checked row in a transaction of its own, or None. The fast path of every look-up."""
-        with self.env.begin(buffers=False) as raw:
-            stored = raw.get(key, db=self.db[database])
+        try:
+            with self.env.begin(buffers=False) as raw:
+                stored = raw.get(key, db=self.db[database])
+        except lmdb.Error as e:
+            raise IndexLost(f"{self.path}: the index cannot be read ({e}); run `cidfs rebuild`") from e
         if stored is None:
             return None
         value = unseal(database.encode(), key, stored)

@@ -107,7 +107,7 @@ class Journal:
                     continue
                 if result.entries.setdefault(entry.serial, entry) != entry:
                     raise FormatError(
-                        f"{self._folder}: two different entries with serial {entry.serial}; restore the journal"
+                        f"{self._folder}: two entries have serial {entry.serial}; restore it from a backup"
                     )
         top = max((s for s in result.entries), default=0)
         result.next_serial = max(first, top + 1)

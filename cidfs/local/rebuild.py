@@ -202,8 +202,8 @@ class _Rebuild:
         if replay.missing and not accept_loss:
             shown = ", ".join(str(s) for s in replay.missing[:10])
             raise JournalLoss(
-                f"{self._state.root}/journal: serials {shown} are lost; what they published or removed is not known any"
-                " more. Restore the journal from a backup, or go on without with --accept-loss"
+                f"{self._state.root}/journal: serials {shown} are lost; what they published or removed is not"
+                " known any more. Restore the journal from a backup, or go on without with --accept-loss"
             )
         self._report.problems += [f"journal: serial {s} is lost" for s in replay.missing]
         live = self._apply(index, replay)

@@ -96,7 +96,7 @@ class StateFolder:
             raw = (root / "format").read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             raise StoreAbsent(
-                f"{root}: no store here; make one with `cidfs --state {root} add`, or name another with --state"
+                f"{root}: no store here; make one with `cidfs --state {root} add`, or name another"
             ) from None
         except PermissionError:
             raise NotPermitted(f"{root}: permission denied; run as the owner of the store") from None
@@ -104,8 +104,8 @@ class StateFolder:
             version = msgspec.json.decode(raw, type=dict[str, Any]).get("version")
             if version != VERSION:
                 raise StoreVersion(
-                    f"{root}: a store of version {version!r}, and this cidfs knows version {VERSION}: use the cidfs"
-                    " that wrote it"
+                    f"{root}: a store of version {version!r}, and this cidfs knows version {VERSION}:"
+                    " use the cidfs that wrote it"
                 )
             form = msgspec.json.decode(raw, type=Format)
         except msgspec.MsgspecError as e:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from cidfs.errors import ChunkInvalid, ChunkMissing, IndexLost, StoreAbsent
+from cidfs.errors import ChunkInvalid, ChunkMissing, IndexLost, PathAbsent, StoreAbsent
 from cidfs.formats import frames, journal, record
 from cidfs.formats.digest import cid_text
 from cidfs.formats.manifest import Manifest
@@ -56,6 +56,7 @@ class Candidate:
     """A path that is ready to be published: its frames are synced in packs, and these are their places.
 
     digests and places run side by side (32 and PLACE_SIZE bytes each), one for each chunk of the manifest.
+    One that is already_here brings no frames: only what its record says may be new.
     """
 
     record: record.Record
@@ -65,6 +66,7 @@ class Candidate:
     digests: bytes | bytearray
     places: bytes | bytearray
     flags: int = 0
+    already_here: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,7 +305,7 @@ class LocalStore:
                     yield PublishedPath(_store_path(key, row), row)
 
     def publications(self, start: int) -> Iterator[tuple[int, PublishedPath]]:
-        """Yield inode base and path of what is published, by base, from the first base that is not below start."""
+        """Yield inode base and path of what is published, by base, from start on."""
         while True:
             page: list[tuple[int, PublishedPath]] = []
             seen = 0
@@ -372,7 +374,7 @@ class LocalStore:
         return int(self._current().env.reader_check())
 
     def lost_rows(self) -> list[str]:
-        """Return a line for each database that holds another number of rows than was noted at its last commit."""
+        """Return a line for each database with another number of rows than its last commit noted."""
         lines = []
         index = self._current()
         with index.read() as txn:
@@ -489,6 +491,8 @@ class LocalStore:
         row = tables.find_path(txn, key)
         if row is not None:
             return self._publish_again(txn, rec, row, serial)
+        if candidate.already_here:
+            raise PathAbsent(f"{rec.path}: removed by another process meanwhile; add it again")
         self._restore(txn, "manifests", rec.manifest, candidate.manifest_place)
         for i in range(len(candidate.digests) // 32):
             digest = bytes(candidate.digests[32 * i : 32 * i + 32])
@@ -545,7 +549,7 @@ class LocalStore:
                     yield key, PackRow.unpack(raw)
 
     def journal_differences(self) -> list[str]:
-        """Return a line for each thing on which index and journal differ, and for each damage in the journal."""
+        """Return a line for each difference between index and journal, and for each damage in the journal."""
         with self.state.write_lock(
             self.lock_timeout
         ):  # or a publication might be in one and not yet in the other

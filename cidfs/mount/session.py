@@ -5,11 +5,15 @@ Owns every privileged call. `isolate` must run before any thread starts. Linux o
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
 import shutil
 import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -130,6 +134,26 @@ def raise_read_ahead(mountpoint: Path) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def captured_stderr(lines: list[str]) -> Iterator[None]:
+    """Collect the lines that libraries and helpers write to standard error.
+
+    Libfuse says its reasons only there.
+    """
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with tempfile.TemporaryFile() as taken:
+        os.dup2(taken.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+            taken.seek(0)
+            lines += taken.read().decode(errors="replace").split("\n")
+            lines[:] = [line.strip() for line in lines if line.strip()]
+
+
 def _call(result: int, what: str) -> None:
     if result != 0:
         raise MountFailed(f"{what}: {os.strerror(ctypes.get_errno())}")
@@ -211,7 +235,7 @@ def unmount(mountpoint: Path, *, lazy: bool) -> None:
 
 def _busy(mountpoint: Path) -> str:
     return (
-        f"{mountpoint}: in use (by a process in it, or an overlay above it; `fuser -vm {mountpoint}` shows by whom);"
+        f"{mountpoint}: in use by a process in it or an overlay above it (`fuser -vm {mountpoint}` shows whom);"
         " end that first, or use --lazy"
     )
 

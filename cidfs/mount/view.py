@@ -261,7 +261,7 @@ class StoreView:
         self.counters.manifest_reads += 1
         if manifest.node_count != row.nodes:
             raise FormatError(
-                f"manifest {cid_text(row.manifest)} has {manifest.node_count} nodes where {row.nodes} are published"
+                f"manifest {cid_text(row.manifest)} has {manifest.node_count} nodes, not {row.nodes}"
             )
         published = _Published(base, base + row.nodes, manifest)
         self._bases.insert(bisect_right(self._bases, base), base)
