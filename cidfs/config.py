@@ -50,7 +50,8 @@ def default_state() -> Path:
 def load(config: Path | None, state: Path | None) -> Settings:
     """Return the settings of a file, with a state folder filled in.
 
-    When none is named, that of the system counts, if there is one.     Raises UsageError for a file that is missing, cannot be read, or has unknown keys.
+    When none is named, that of the system counts, if there is one. Raises UsageError for a file that is
+    missing, cannot be read, or has unknown keys.
     """
     settings = Settings()
     path = config or (SYSTEM_CONFIG if SYSTEM_CONFIG.exists() else None)

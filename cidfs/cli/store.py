@@ -20,9 +20,10 @@ from cidfs.engine.verify import verify as check
 from cidfs.errors import Conflict, Damaged, FormatError, SourceError, UsageError
 from cidfs.formats.digest import parse_sha256
 from cidfs.formats.store_path import StorePath, check_name, parse_store_path
+from cidfs.local.publish import Published
 from cidfs.local.rebuild import rebuild as make_anew
 from cidfs.local.state import StateFolder
-from cidfs.local.store import LocalStore, Published, PublishedPath
+from cidfs.local.store import LocalStore, PublishedPath
 
 
 def _ingest(store: LocalStore, wanted: Sequence[Wanted], asked_for: set[StorePath] | None = None) -> None:

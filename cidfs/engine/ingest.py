@@ -25,8 +25,9 @@ from cidfs.formats.manifest import EXECUTABLE, FILE, Manifest
 from cidfs.formats.record import Record
 from cidfs.formats.store_path import StorePath, fixed_output_ca, fixed_output_path
 from cidfs.local.packs import CACHE, MANIFEST, OWN
+from cidfs.local.publish import Candidate, Published
 from cidfs.local.rows import Place
-from cidfs.local.store import Candidate, LocalStore, Published
+from cidfs.local.store import LocalStore
 
 GROUP_PATHS: Final = 256
 GROUP_CHUNKS: Final = 200_000

@@ -21,6 +21,7 @@ from cidfs.errors import CidfsError
 from cidfs.formats import frames
 from cidfs.formats.digest import cid_text, sha256_text
 from cidfs.formats.manifest import Manifest
+from cidfs.local.audit import journal_differences, lost_rows
 from cidfs.local.packs import MANIFEST, pack_path
 from cidfs.local.rows import PackRow, Place
 from cidfs.local.store import LocalStore, PublishedPath
@@ -55,8 +56,8 @@ async def verify(store: LocalStore, paths: Sequence[PublishedPath] | None, steps
     """Verify some paths (their manifests, chunks and NAR hashes), or the whole store."""
     report = Report()
     if paths is None:
-        report.problems += await trio.to_thread.run_sync(store.lost_rows)
-        report.problems += await trio.to_thread.run_sync(store.journal_differences)
+        report.problems += await trio.to_thread.run_sync(lost_rows, store)
+        report.problems += await trio.to_thread.run_sync(journal_differences, store)
         packs = await trio.to_thread.run_sync(lambda: list(store.pack_rows()))
         steps.begin("packs", len(packs))
         await _in_parallel(packs, lambda item: _verify_pack(store, *item), report, steps)

@@ -12,23 +12,23 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from cidfs.errors import ChunkInvalid, ChunkMissing, IndexLost, PathAbsent, StoreAbsent
-from cidfs.formats import frames, journal, record
+from cidfs.errors import ChunkInvalid, ChunkMissing, CidfsError, IndexLost, StoreAbsent
+from cidfs.formats import record
 from cidfs.formats.digest import cid_text
 from cidfs.formats.manifest import Manifest
 from cidfs.formats.store_path import DEFAULT_STORE_DIR, StorePath
 from cidfs.local import tables
 from cidfs.local.files import sync_folder
-from cidfs.local.index import Index, WriteTxn
-from cidfs.local.journal import Journal
-from cidfs.local.packs import CACHE, PackReader, PackWriter, pack_path
+from cidfs.local.index import Index, ReadTxn, WriteTxn
+from cidfs.local.packs import CACHE, PackReader, PackWriter
+from cidfs.local.publish import Candidate, Published, Publisher
 from cidfs.local.rows import (
     PACK_ID_SIZE,
-    PLACE_SIZE,
     InodeRow,
     PackRow,
     PathRow,
@@ -38,8 +38,8 @@ from cidfs.local.rows import (
 )
 from cidfs.local.state import DEFAULT_LOCK_TIMEOUT, FIRST_INODE, Lease, StateFolder
 
-INODE_STEP: Final = 1 << 20
 POLL_SECONDS: Final = 0.5
+CLOSE_SECONDS: Final = 1.0
 PAGE: Final = 1000
 
 
@@ -49,34 +49,6 @@ class PublishedPath:
 
     path: StorePath
     row: PathRow
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A path that is ready to be published: its frames are synced in packs, and these are their places.
-
-    digests and places run side by side (32 and PLACE_SIZE bytes each), one for each chunk of the manifest.
-    One that is already_here brings no frames: only what its record says may be new.
-    """
-
-    record: record.Record
-    manifest_place: Place
-    size: int
-    files: int
-    digests: bytes | bytearray
-    places: bytes | bytearray
-    flags: int = 0
-    already_here: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Published:
-    """What became of a candidate."""
-
-    path: StorePath
-    new: bool
-    amended: bool = False
-    conflict: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +83,7 @@ class LocalStore:
         self.lock_timeout = lock_timeout
         self._write = write
         self.packs = PackReader(state.root)
-        self._journal = Journal(state.root / "journal")
-        self._journalled: set[int] = set()  # serials that this process knows to be synced in the journal
+        self._publisher = Publisher(state)
         self._swap = threading.Lock()
         self._stamp: tuple[int, int] | None = None
         self._checked = 0.0
@@ -156,6 +127,9 @@ class LocalStore:
 
     def close(self) -> None:
         """Close the index. Nothing may use this object any more."""
+        if self._write:
+            with contextlib.suppress(CidfsError), self._transaction_lock(CLOSE_SECONDS) as index:
+                self._publisher.settle(index)
         self._index.close()
 
     def __enter__(self) -> LocalStore:
@@ -209,6 +183,10 @@ class LocalStore:
                 return False
             return True
 
+    def read(self) -> AbstractContextManager[ReadTxn]:
+        """Open a read transaction on the index that counts now, for one synchronous block."""
+        return self._current().read()
+
     # --- look-ups
 
     def find(self, hash_part: bytes) -> PathRow | None:
@@ -228,12 +206,12 @@ class LocalStore:
 
     def referrers(self, hash_part: str) -> list[str]:
         """Return the hash parts of the published paths that refer to a path."""
-        with self._current().read() as txn:
+        with self.read() as txn:
             return [r.decode() for r in tables.referrers(txn, hash_part.encode())]
 
     def range_of(self, inode: int) -> tuple[int, InodeRow] | None:
         """Return base and row of the range that an inode number is in, or None."""
-        with self._current().read() as txn:
+        with self.read() as txn:
             for key, raw in txn.rows("inodes", number_key(inode), reverse=True):
                 base = key_number(key)
                 if raw is None:
@@ -250,7 +228,7 @@ class LocalStore:
     def chunk_places(self, digests: Sequence[bytes]) -> list[Place | None]:
         """Return the places of several chunks, looked up in one transaction."""
         found: list[Place | None] = []
-        with self._current().read() as txn:
+        with self.read() as txn:
             for digest in digests:
                 row = txn.get("chunks", digest)
                 found.append(Place.unpack(row) if row is not None else None)
@@ -285,7 +263,7 @@ class LocalStore:
         start = b""
         while True:
             page: list[tuple[bytes, bytes | None]] = []
-            with self._current().read() as txn:
+            with self.read() as txn:
                 for item in txn.rows(database, start):
                     page.append(item)
                     if len(page) == PAGE:
@@ -309,7 +287,7 @@ class LocalStore:
         while True:
             page: list[tuple[int, PublishedPath]] = []
             seen = 0
-            with self._current().read() as txn:
+            with self.read() as txn:
                 for key, raw in txn.rows("inodes", number_key(start)):
                     seen += 1
                     start = key_number(key) + 1
@@ -366,27 +344,16 @@ class LocalStore:
 
     def next_base(self) -> int:
         """Return the inode base that the next publication gets."""
-        with self._current().read() as txn:
+        with self.read() as txn:
             return max(FIRST_INODE, txn.number("next-base"))
 
     def free_dead_readers(self) -> int:
         """Free the reader slots of processes that died; they would keep old pages from being used again."""
         return int(self._current().env.reader_check())
 
-    def lost_rows(self) -> list[str]:
-        """Return a line for each database with another number of rows than its last commit noted."""
-        lines = []
-        index = self._current()
-        with index.read() as txn:
-            for name in sorted(set(index.db) - {"meta"}):
-                noted, there = txn.number(f"count:{name}"), txn.entries(name)
-                if noted != there:
-                    lines.append(f"{index.path}: {name} has {there} rows where {noted} were written")
-        return lines
-
     def lease(self, kind: str, *, mountpoint: str = "", transport: str = "") -> Lease:
         """Say that this process is at work from now on; before its first look-up."""
-        with self._current().read() as txn:
+        with self.read() as txn:
             serial = max(1, txn.number("next-serial"))
         return self.state.take_lease(kind, serial, mountpoint=mountpoint, transport=transport)
 
@@ -394,15 +361,15 @@ class LocalStore:
 
     def pack_writer(self, kind: int) -> PackWriter:
         """Return a writer of packs of a kind that takes over an open one where it can."""
-        with self._current().read() as txn:
+        with self.read() as txn:
             listed = txn.get("meta", b"open:%d" % kind) or b""
         packs = [listed[i : i + PACK_ID_SIZE] for i in range(0, len(listed), PACK_ID_SIZE)]
         return PackWriter(self.state.root, kind, packs)
 
     @contextlib.contextmanager
-    def _transaction_lock(self) -> Iterator[Index]:
+    def _transaction_lock(self, timeout: float | None = None) -> Iterator[Index]:
         """Hold the write lock, with the index that counts now and a schema that we know."""
-        with self.state.write_lock(self.lock_timeout):
+        with self.state.write_lock(self.lock_timeout if timeout is None else timeout):
             StateFolder.open(self.state.root)  # a long ingest may span an upgrade
             if self.state.index_stamp() != self._stamp:
                 with self._swap:
@@ -434,112 +401,8 @@ class LocalStore:
         published with the same contents is left as it is (signatures that it lacked are added); with others
         it is reported as a conflict and the rest goes on.
         """
-        outcomes: list[Published] = []
         with self._transaction_lock() as index:
-            with index.write() as txn:
-                foreign = self._settle_pending(txn)
-                entries: list[journal.Entry] = []
-                serial = max(1, txn.number("next-serial"))
-                base = max(FIRST_INODE, txn.number("next-base"))
-                for candidate in group:
-                    outcome, entry = self._publish_one(txn, candidate, serial + len(entries), base)
-                    outcomes.append(outcome)
-                    if entry is not None:
-                        entries.append(entry)
-                    if isinstance(entry, journal.Publication):
-                        base += entry.count
-                frame = b""
-                if entries:
-                    self._raise_limit(txn, base)
-                    txn.put_number("next-serial", serial + len(entries))
-                    txn.put_number("next-base", base)
-                    frame = journal.encode(entries)
-                    txn.put("pending", number_key(serial), frame)
-            if foreign or frame:
-                self._journal.append([*foreign.values(), *([frame] if frame else [])])
-                self._journalled.update(foreign)
-                if frame:
-                    self._journalled.add(serial)
-        return outcomes
-
-    def _settle_pending(self, txn: WriteTxn) -> dict[int, bytes]:
-        """Drop what this process knows to be in the journal.
-
-        Return the frames that it does not know to be there.
-        """
-        unknown: dict[int, bytes] = {}
-        for key, raw in list(txn.rows("pending")):
-            serial = key_number(key)
-            if serial in self._journalled:
-                txn.delete("pending", key)
-            elif raw is not None:
-                unknown[serial] = raw
-        self._journalled.clear()
-        return unknown
-
-    def _raise_limit(self, txn: WriteTxn, base: int) -> None:
-        if base > txn.number("limit"):
-            limit = max(base, self.state.inode_limit()) + INODE_STEP
-            self.state.write_inode_limit(limit)
-            txn.put_number("limit", limit)
-
-    def _publish_one(
-        self, txn: WriteTxn, candidate: Candidate, serial: int, base: int
-    ) -> tuple[Published, journal.Publication | journal.Amendment | None]:
-        rec = candidate.record
-        key = rec.path.hash_part.encode()
-        row = tables.find_path(txn, key)
-        if row is not None:
-            return self._publish_again(txn, rec, row, serial)
-        if candidate.already_here:
-            raise PathAbsent(f"{rec.path}: removed by another process meanwhile; add it again")
-        self._restore(txn, "manifests", rec.manifest, candidate.manifest_place)
-        for i in range(len(candidate.digests) // 32):
-            digest = bytes(candidate.digests[32 * i : 32 * i + 32])
-            if txn.get("chunks", digest) is None:
-                place = Place.unpack(bytes(candidate.places[PLACE_SIZE * i : PLACE_SIZE * (i + 1)]))
-                self._restore(txn, "chunks", digest, place)
-        entry = journal.Publication(
-            serial, base, rec.node_count, candidate.flags, record.encode(rec, hints=False)
-        )
-        tables.put_publication(txn, entry, rec, size=candidate.size, files=candidate.files)
-        return Published(rec.path, new=True), entry
-
-    def _restore(self, txn: WriteTxn, database: str, digest: bytes, place: Place) -> None:
-        """Put back a row that went while the ingest ran; its pack waits for the ingest."""
-        if txn.get(database, digest) is not None:
-            return
-        if not pack_path(self.state.root, place.kind, place.pack).exists():
-            raise ChunkMissing(
-                f"{cid_text(digest)}: its pack is gone since it was stored; add the path again"
-            )
-        txn.put_place(database, digest, place)
-
-    @staticmethod
-    def _publish_again(
-        txn: WriteTxn, rec: record.Record, row: PathRow, serial: int
-    ) -> tuple[Published, journal.Amendment | None]:
-        raw = txn.get("records", rec.path.hash_part.encode())
-        if raw is None:
-            raise IndexLost(f"{rec.path}: its record is lost from the index; run `cidfs rebuild`")
-        old = record.decode(raw)
-        reason = ""
-        if row.name != rec.path.name.encode():
-            reason = f"{rec.path}: the hash part is published as {old.path}"
-        elif row.manifest != rec.manifest:
-            reason = f"{rec.path}: published with other contents; the first stays"
-        elif old.references != rec.references and rec.references:
-            reason = f"{rec.path}: published with other references; the first stays"
-        if reason:
-            return Published(rec.path, new=False, conflict=reason), None
-        merged = record.merge(old, rec)
-        if merged == old:
-            return Published(rec.path, new=False), None
-        amendment = journal.Amendment(serial, row.base, record.encode(merged, hints=False))
-        tables.put_amendment(txn, amendment)
-        return Published(rec.path, new=False, amended=True), amendment
-
-    # --- for verification
+            return self._publisher.publish(index, group)
 
     def pack_rows(self) -> Iterator[tuple[bytes, PackRow]]:
         """Yield identity and row of all packs."""
@@ -548,37 +411,6 @@ class LocalStore:
                 if raw is not None:
                     yield key, PackRow.unpack(raw)
 
-    def journal_differences(self) -> list[str]:
-        """Return a line for each difference between index and journal, and for each damage in the journal."""
-        with self.state.write_lock(
-            self.lock_timeout
-        ):  # or a publication might be in one and not yet in the other
-            replay = self._journal.replay()
-            published: dict[str, int] = {}
-            for serial in sorted(replay.entries):
-                entry = replay.entries[serial]
-                if isinstance(entry, journal.Publication):
-                    published.setdefault(record.decode(entry.record).path.hash_part, serial)
-                elif isinstance(entry, journal.Removal):
-                    published.pop(entry.hash_part, None)
-            with self._current().read() as txn:
-                late = {e.serial for _, raw in txn.rows("pending") if raw is not None for e in _entries(raw)}
-            indexed = {p.path.hash_part: p.row.serial for p in self.paths()}
-        lines = list(replay.damage)
-        lines += [f"journal: serial {s} is in no whole frame" for s in replay.missing if s not in late]
-        for hash_part in sorted({*published, *indexed}):
-            if published.get(hash_part, indexed.get(hash_part)) in late:
-                continue
-            if hash_part not in indexed:
-                lines.append(f"{hash_part}: in the journal and not in the index; run `cidfs rebuild`")
-            elif hash_part not in published:
-                lines.append(f"{hash_part}: in the index and not in the journal; run `cidfs rebuild`")
-        return lines
-
 
 def _store_path(hash_part: bytes, row: PathRow) -> StorePath:
     return StorePath(hash_part.decode(), row.name.decode())
-
-
-def _entries(frame: bytes) -> tuple[journal.Entry, ...]:
-    return journal.decode(frames.read_data(frame, frames.read_header(frame))).entries

@@ -235,7 +235,7 @@ def unmount(mountpoint: Path, *, lazy: bool) -> None:
 
 def _busy(mountpoint: Path) -> str:
     return (
-        f"{mountpoint}: in use by a process in it or an overlay above it (`fuser -vm {mountpoint}` shows whom);"
+        f"{mountpoint}: in use by a process or by an overlay above it (`fuser -vm {mountpoint}` shows whom);"
         " end that first, or use --lazy"
     )
 
