@@ -14,7 +14,7 @@ from typing import Final, Protocol
 
 from cidfs.errors import FormatError, SourceError
 from cidfs.formats import nar
-from cidfs.formats.chunking import MINIMUM, Cutter, cut
+from cidfs.formats.chunking import MINIMUM, Cutter, cut, cut_stream
 from cidfs.formats.manifest import ManifestBuilder
 
 BATCH_BYTES: Final = 1 << 20
@@ -172,15 +172,15 @@ class DiskSource:
                 if batches.full:
                     yield batches.take()
             else:
-                cutter = Cutter(PIECE)
-                while piece := os.read(fd, PIECE):
-                    read += len(piece)
-                    tree.hash(piece)
-                    for chunk in cutter.feed(piece):
-                        batches.add(chunk)
-                        if batches.full:
-                            yield batches.take()
-                for chunk in cutter.finish():
+
+                def readinto(view: memoryview) -> int:
+                    nonlocal read
+                    count = os.readv(fd, [view])
+                    read += count
+                    tree.hash(view[:count])
+                    return count
+
+                for chunk in cut_stream(readinto, PIECE):
                     batches.add(chunk)
                     if batches.full:
                         yield batches.take()

@@ -7,7 +7,7 @@ releases the GIL while it works.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import zstandard
 
@@ -56,6 +56,31 @@ def cut(buffer: bytes | bytearray | memoryview) -> Iterator[tuple[int, int]]:
         return
     for c in _cutter.cut_buf(buffer):
         yield c.offset, c.length
+
+
+def cut_stream(readinto: Callable[[memoryview], int], window: int = 4 << 20) -> Iterator[memoryview]:
+    """Yield the chunks of a file that is read in windows, exactly as `cut` would cut it whole, without copying.
+
+    readinto fills a part of what it is given and returns how much, 0 at the end. Each chunk is a view of its
+    window's buffer, which is never used again.
+    """
+    rest = b""
+    while True:
+        buffer = bytearray(len(rest) + window)
+        buffer[: len(rest)] = rest
+        view, filled = memoryview(buffer), len(rest)
+        while filled < len(buffer) and (count := readinto(view[filled:])):
+            filled += count
+        last = filled < len(buffer)
+        kept = filled
+        for offset, length in cut(view[:filled]):
+            if not last and offset + length == filled:
+                kept = offset
+                break
+            yield view[offset : offset + length]
+        if last:
+            return
+        rest = bytes(view[kept:filled])
 
 
 class Cutter:

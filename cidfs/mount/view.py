@@ -90,6 +90,7 @@ class StoreView:
         self._bases: list[int] = []
         self._published: OrderedDict[int, _Published] = OrderedDict()
         self._published_bytes = 0
+        self._largest = 0
         self._last: _Published | None = None
         self._chunks: OrderedDict[bytes, bytes] = OrderedDict()
         self._chunk_bytes = 0
@@ -268,7 +269,9 @@ class StoreView:
         self._published[base] = published
         self._published_bytes += len(manifest) + _ENTRY_COST
         self._last = published
-        while self._published_bytes > MANIFEST_CACHE and len(self._published) > 1:
+        # twice the largest: one huge tree and its neighbours must not drive each other out
+        self._largest = max(self._largest, len(manifest))
+        while self._published_bytes > max(MANIFEST_CACHE, 2 * self._largest):
             gone, old = self._published.popitem(last=False)
             del self._bases[bisect_right(self._bases, gone) - 1]
             self._published_bytes -= len(old.manifest) + _ENTRY_COST
