@@ -70,7 +70,9 @@ class Store:
             check=False,
         )
         if done.returncode != code:
-            raise Failed(f"{words}: exit code {done.returncode}, not {code}\n{done.stderr.decode(errors='replace')}")
+            raise Failed(
+                f"{words}: exit code {done.returncode}, not {code}\n{done.stderr.decode(errors='replace')}"
+            )
         return done
 
     def lines(self, *words: str | Path) -> list[str]:
@@ -78,7 +80,10 @@ class Store:
         return self.run(*words).stdout.decode().splitlines()
 
     def error(self, *words: str | Path, code: int, **more: Any) -> str:
-        """Run a command that must fail with an exit code and exactly one line on standard error; return the line."""
+        """Run a command that must fail with an exit code and exactly one line on standard error.
+
+        Return the line.
+        """
         done = self.run(*words, code=code, **more)
         lines = done.stderr.decode().splitlines()
         if len(lines) != 1 or not lines[0].startswith("cidfs: "):

@@ -12,7 +12,9 @@ from tests.commands import Store, unmount_left_over
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add --long."""
-    parser.addoption("--long", action="store_true", help="full sizes: 10 GiB, a million files (about an hour)")
+    parser.addoption(
+        "--long", action="store_true", help="full sizes: 10 GiB, a million files (about an hour)"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -59,7 +59,7 @@ def cut(buffer: bytes | bytearray | memoryview) -> Iterator[tuple[int, int]]:
 
 
 def cut_stream(readinto: Callable[[memoryview], int], window: int = 4 << 20) -> Iterator[memoryview]:
-    """Yield the chunks of a file that is read in windows, exactly as `cut` would cut it whole, without copying.
+    """Yield the chunks of a file that is read in windows, as `cut` would cut it whole, without copying.
 
     readinto fills a part of what it is given and returns how much, 0 at the end. Each chunk is a view of its
     window's buffer, which is never used again.
