@@ -104,7 +104,7 @@ class _Ingest:
         self._own = store.pack_writer(OWN)
         self._manifests = store.pack_writer(MANIFEST)
         self._new_chunks: dict[bytes, Place] = {}  # appended here, without a row yet
-        self._new_manifests: list[tuple[bytes, Place]] = []
+        self._new_manifests: dict[bytes, Place] = {}
         self._ready: list[Candidate] = []
         self._ready_chunks = 0
         self._first_ready = 0.0
@@ -290,10 +290,9 @@ class _Ingest:
         raw = tree.builder.encode()
         manifest = Manifest(raw)
         digest = digest_of(raw)
-        place = self._store.place("manifests", digest)
+        place = self._new_manifests.get(digest) or self._store.place("manifests", digest)
         if place is None:
-            place = self._manifests.append(digest, *_encoded(raw), len(raw))
-            self._new_manifests.append((digest, place))
+            place = self._new_manifests[digest] = self._manifests.append(digest, *encode(raw), len(raw))
         path, ca = wanted.path, wanted.ca
         if path is None:
             path = fixed_output_path(nar_hash, wanted.name, self._store.store_dir)
@@ -318,15 +317,14 @@ class _Ingest:
         """Make what was appended durable, then give it rows."""
         self._own.sync()
         self._manifests.sync()
-        rows = list(self._new_chunks.items())
-        for i in range(0, len(rows), ROWS_A_TRANSACTION):
-            self._store.put_places("chunks", rows[i : i + ROWS_A_TRANSACTION], self._own)
-        self._new_chunks.clear()
-        for i in range(0, len(self._new_manifests), ROWS_A_TRANSACTION):
-            self._store.put_places(
-                "manifests", self._new_manifests[i : i + ROWS_A_TRANSACTION], self._manifests
-            )
-        self._new_manifests.clear()
+        for database, new, writer in (
+            ("chunks", self._new_chunks, self._own),
+            ("manifests", self._new_manifests, self._manifests),
+        ):
+            rows = list(new.items())
+            for i in range(0, len(rows), ROWS_A_TRANSACTION):
+                self._store.put_places(database, rows[i : i + ROWS_A_TRANSACTION], writer)
+            new.clear()
 
     async def _flush(self) -> None:
         """Publish the finished paths."""
@@ -339,10 +337,6 @@ class _Ingest:
     def _publish(self, ready: Sequence[Candidate]) -> list[Published]:
         self._commit_rows()
         return self._store.publish(ready)
-
-
-def _encoded(raw: bytes) -> tuple[int, bytes]:
-    return encode(raw)
 
 
 async def ingest(
