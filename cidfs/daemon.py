@@ -69,11 +69,12 @@ def run(plan: MountPlan, ready: Callable[[], None]) -> None:
             raise MountFailed(f"{plan.mountpoint}: the mount failed: {' '.join(complaint) or e}") from e
         isolation: session.Isolation | None = None
         try:
-            session.raise_read_ahead(plan.mountpoint)
-            isolation = session.isolate(plan.mountpoint, plan.store_dir)
+            mount = session.mounted_at(plan.mountpoint)  # in an own namespace it is out of sight
+            device = mount.device if mount is not None else ""
+            isolation = session.isolate(plan.mountpoint, plan.state, plan.store_dir)
             listener = _listen(lease)
             stack.callback(_remove, lease.socket_path)
-            trio.run(_Daemon(plan, store, transport, lease, listener, ready).run)
+            trio.run(_Daemon(plan, store, transport, device, lease, listener, ready).run)
         finally:
             if isolation is not None:
                 isolation.unmount()
@@ -102,6 +103,7 @@ class _Daemon:
         plan: MountPlan,
         store: LocalStore,
         transport: Pyfuse3Transport,
+        device: str,
         lease: Lease,
         listener: socket.socket,
         ready: Callable[[], None],
@@ -109,6 +111,7 @@ class _Daemon:
         self._plan = plan
         self._store = store
         self._transport = transport
+        self._device = device
         self._lease = lease
         self._listener = listener
         self._ready = ready
@@ -126,6 +129,8 @@ class _Daemon:
             nursery.cancel_scope.cancel()
 
     async def _announce(self) -> None:
+        await self._transport.answering.wait()
+        session.raise_read_ahead(self._device)
         self._ready()
         notify("READY=1")
 

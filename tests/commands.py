@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 TIMEOUT = 300.0
+ROOT = Path(__file__).parent.parent
 
 
 class Failed(AssertionError):
@@ -47,6 +48,8 @@ class Store:
     def __init__(self, state: Path) -> None:
         self.state = state
         self.mounts: list[Path] = []
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.log_expected = False  # set by a test that makes daemons complain
 
     def command(self, *words: str | Path) -> list[str]:
         """Return a command's words."""
@@ -66,7 +69,7 @@ class Store:
             input=stdin if stdin is not None else b"",
             capture_output=True,
             timeout=timeout,
-            env={**os.environ, **(env or {})},
+            env=environment(env),
             check=False,
         )
         if done.returncode != code:
@@ -90,11 +93,32 @@ class Store:
             raise Failed(f"{words}: not one line of error:\n{done.stderr.decode()}")
         return lines[0]
 
-    def start(self, *words: str | Path) -> subprocess.Popen[bytes]:
-        """Start a command and go on."""
-        return subprocess.Popen(
-            self.command(*words), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    def start(
+        self,
+        *words: str | Path,
+        hook: str = "",
+        stdin: int = subprocess.DEVNULL,
+        env: dict[str, str] | None = None,
+    ) -> subprocess.Popen[bytes]:
+        """Start a command and go on; it is ended with the store if it has not ended by then.
+
+        hook is Python that runs in the process first: it can put something in the way of a function.
+        """
+        command = self.command(*words)
+        if hook:
+            command[1:3] = ["-c", f"{hook}\nfrom cidfs.cli.main import run\nrun()"]
+        process = subprocess.Popen(
+            command, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(env)
         )
+        self.processes.append(process)
+        return process
+
+    def finish(self, process: subprocess.Popen[bytes], code: int = 0) -> tuple[list[str], list[str]]:
+        """Wait for a started command and return the lines of its standard output and standard error."""
+        out, err = process.communicate(timeout=TIMEOUT)
+        if process.returncode != code:
+            raise Failed(f"{process.args!r}: exit code {process.returncode}, not {code}\n{err.decode()}")
+        return out.decode().splitlines(), err.decode().splitlines()
 
     def add(self, *paths: Path, name: str = "") -> list[str]:
         """Add directories and return their base names."""
@@ -120,8 +144,20 @@ class Store:
         """Return the processes that have a mount lease of this store, from the leases alone."""
         return [json.loads(p.read_text())["pid"] for p in sorted((self.state / "run").glob("mount-*.lease"))]
 
+    def log_text(self) -> str:
+        """Return what all daemons of this store have logged."""
+        logs = sorted((self.state / "run").glob("*.log"))
+        return "".join(log.read_text() for log in logs)
+
     def end(self) -> list[int]:
         """Unmount all, and return the daemons that did not end by themselves (they are killed)."""
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+            for stream in (process.stdin, process.stdout, process.stderr):
+                if stream is not None:
+                    stream.close()
         pids = self.daemon_pids() if (self.state / "run").exists() else []
         for mountpoint in self.mounts:
             with contextlib.suppress(Failed):
@@ -134,6 +170,28 @@ class Store:
                 left.append(pid)
                 os.kill(pid, signal.SIGKILL)
         return left
+
+
+@contextlib.contextmanager
+def store_in(folder: Path) -> Iterator[Store]:
+    """A state folder in a folder; what is mounted from it is taken down afterwards, and must be gone.
+
+    A daemon that has logged something fails the test, unless the test expects it.
+    """
+    here = Store(folder / "state")
+    try:
+        yield here
+    finally:
+        left = here.end()
+        unmount_left_over(folder)
+    assert not left, f"daemons did not end: {left}"
+    assert here.log_expected or not here.log_text(), f"a daemon logged: {here.log_text()}"
+
+
+def environment(more: dict[str, str] | None = None) -> dict[str, str]:
+    """Return the environment of a command: this checkout is the cidfs that it runs, wherever it runs."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", ""))))
+    return {**os.environ, "PYTHONPATH": path, **(more or {})}
 
 
 def _alive(pid: int) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import Store, unmount_left_over
+from tests.commands import Store, store_in
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,11 +31,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
     """A state folder of its own; what is mounted from it is taken down afterwards, and must be gone."""
-    here = Store(tmp_path / "state")
-    yield here
-    left = here.end()
-    unmount_left_over(tmp_path)
-    assert not left, f"daemons did not end: {left}"
+    with store_in(tmp_path) as here:
+        yield here
 
 
 @pytest.fixture

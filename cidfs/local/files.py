@@ -71,10 +71,13 @@ def replace_durably(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
-def try_flock(fd: int) -> bool:
-    """Take an exclusive flock if nobody holds one; say whether it was taken."""
+def try_flock(fd: int, *, shared: bool = False) -> bool:
+    """Take a flock if nobody holds one that forbids it; say whether it was taken.
+
+    Shared: to look whether another holds it, without being taken for a holder by the next who looks.
+    """
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as e:
         if e.errno in (errno.EWOULDBLOCK, errno.EACCES):
             return False

@@ -9,13 +9,15 @@ LMDB's own lock, which a stopped process would never give back.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
 import lmdb
 
-from cidfs.errors import DiskFailed, IndexLost, NotPermitted, StoreVersion
+from cidfs.errors import CidfsError, DiskFailed, IndexLost, NotPermitted, StoreVersion
+from cidfs.local.files import disk_errors
 from cidfs.local.rows import (
     DATABASES,
     PACK_ID_SIZE,
@@ -27,6 +29,7 @@ from cidfs.local.rows import (
     unpack_number,
     unseal,
 )
+from cidfs.local.state import FIRST_INODE
 
 MAP_SIZE: Final = 128 << 30
 MAX_OPEN_PACKS: Final = 32  # remembered for each kind; older ones just stay short
@@ -54,7 +57,26 @@ def _open_environment(path: Path, *, write: bool, sync: bool) -> lmdb.Environmen
         except lmdb.Error as e:
             if "Permission denied" in str(e):
                 raise NotPermitted(f"{path}: permission denied; run as the owner of the store") from e
+            if "already open" in str(e):  # as a rule of LMDB, never twice in one process
+                raise CidfsError(f"{path}: the index is open in this process already") from e
             raise IndexLost(f"{path}: the index cannot be opened ({e}); run `cidfs rebuild`") from e
+
+
+def lengthen(path: Path) -> None:
+    """Make the file of an index that was cut short as long as it says it is.
+
+    Zeros are found to be wrong, while a read behind the end of a mapped file kills the process.
+    """
+    env = _open_environment(path, write=False, sync=True)
+    try:
+        end = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
+        with disk_errors(path, "read"):
+            if (path / "data.mdb").stat().st_size < end:
+                os.truncate(path / "data.mdb", end)
+    except lmdb.Error as e:
+        raise IndexLost(f"{path}: the index cannot be read ({e}); run `cidfs rebuild`") from e
+    finally:
+        env.close()
 
 
 class Index:
@@ -77,6 +99,8 @@ class Index:
             raise IndexLost(f"{path}: the index lacks its databases ({e}); run `cidfs rebuild`") from e
         if create:
             with self.write() as txn:
+                txn.put_number("next-serial", 1)
+                txn.put_number("next-base", FIRST_INODE)
                 txn.put_number("schema", SCHEMA)
         self.check_schema()
 
@@ -129,6 +153,13 @@ class Index:
             self.damaged_rows += 1
         return value
 
+    def sync(self) -> None:
+        """Make all commits durable, of an index that was opened without that."""
+        try:
+            self.env.sync(True)
+        except lmdb.Error as e:
+            raise DiskFailed(f"{self.path}: cannot write the index ({e}); is the disk full?") from e
+
     def close(self) -> None:
         """Close the environment; nothing may use it any more."""
         self.env.close()
@@ -155,6 +186,13 @@ class ReadTxn:
         """Return a number of `meta`; 0 when it is not there."""
         row = self.get("meta", name.encode())
         return unpack_number(row) if row is not None else 0
+
+    def needed_number(self, name: str) -> int:
+        """Return a number of `meta` that every index has; raise IndexLost when it is damaged or gone."""
+        row = self.get("meta", name.encode())
+        if row is None:
+            raise IndexLost(f"{self.index.path}: its `{name}` is lost; run `cidfs rebuild`")
+        return unpack_number(row)
 
     def rows(
         self, database: str, start: bytes = b"", *, reverse: bool = False
@@ -249,8 +287,10 @@ class WriteTxn(ReadTxn):
         for pack, (kind, stored, length, frames) in self._packs.items():
             row = self.get("packs", pack)
             old = PackRow.unpack(row) if row is not None else PackRow(kind, 0, 0, 0, 0)
-            new = old._replace(
-                stored=old.stored + stored, length=old.length + length, frames=old.frames + frames
+            new = old._replace(  # not below zero, where the old sums were lost
+                stored=max(0, old.stored + stored),
+                length=max(0, old.length + length),
+                frames=max(0, old.frames + frames),
             )
             self.put("packs", pack, new.packed())
         for name in sorted(self._touched - {"meta"}):

@@ -116,13 +116,15 @@ class Journal:
         result.missing = [s for s in wanted if s not in result.entries]
         return result
 
-    def write_checkpoint(self, entries: list[journal.Publication], next_serial: int, next_base: int) -> int:
+    def write_checkpoint(
+        self, entries: list[journal.Publication], next_serial: int, next_base: int, *, above: int = 0
+    ) -> int:
         """Write a checkpoint that stands for all that is now in the journal, drop the older files.
 
-        Return its number.
+        Return its number, which is higher than `above`.
         """
         old = journal_files(self._folder)
-        number = (old[-1] if old else 0) + 1
+        number = max([above, *old]) + 1
         head = journal.Checkpoint(next_serial, next_base, tuple(e.serial for e in entries))
         data = [journal.encode([head], of_checkpoint=True)]
         for i in range(0, len(entries), 256):

@@ -173,8 +173,8 @@ class PackWriter:
         try:
             write_all(current.fd, data, offset)
         except OSError as e:
-            # what was torn stays; the next writer appends behind it
-            self._drop(current)
+            # what was torn stays, for nothing is cut off; what stands before it is synced with the rest
+            self._open = None
             raise mapped(e, current.path, "append") from e
         current.end = offset + len(data)
 
@@ -255,7 +255,7 @@ class PackWriter:
                     os.fdatasync(current.fd)
                     current.dirty = False
             except OSError as e:
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError, DiskFailed):
                     current.bad_mark.touch()
                     sync_folder(current.path.parent)
                 self._drop(current)

@@ -20,7 +20,7 @@ from cidfs.local.index import Index, WriteTxn
 from cidfs.local.journal import Journal
 from cidfs.local.packs import pack_path
 from cidfs.local.rows import PLACE_SIZE, PathRow, Place, key_number, number_key
-from cidfs.local.state import FIRST_INODE, StateFolder
+from cidfs.local.state import StateFolder
 
 INODE_STEP: Final = 1 << 20
 
@@ -67,8 +67,8 @@ class Publisher:
         with index.write() as txn:
             foreign = self._settle_pending(txn)
             entries: list[journal.Entry] = []
-            serial = max(1, txn.number("next-serial"))
-            base = max(FIRST_INODE, txn.number("next-base"))
+            serial = txn.needed_number("next-serial")
+            base = txn.needed_number("next-base")
             for candidate in group:
                 outcome, entry = self._publish_one(txn, candidate, serial + len(entries), base)
                 outcomes.append(outcome)

@@ -17,12 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from cidfs.errors import CidfsError, FormatError, IndexLost, JournalLoss
+from cidfs.errors import CidfsError, FormatError, IndexLost, JournalLoss, StoreVersion
 from cidfs.formats import frames, journal, pack, record
 from cidfs.formats.manifest import EXECUTABLE, FILE, Manifest
 from cidfs.local import tables
 from cidfs.local.files import disk_errors, sync_folder
-from cidfs.local.index import Index, WriteTxn
+from cidfs.local.index import Index, WriteTxn, lengthen
 from cidfs.local.journal import Journal, Replay
 from cidfs.local.packs import PackReader
 from cidfs.local.rows import PACK_ID_SIZE, Place
@@ -49,7 +49,6 @@ class _Seen:
     """How far a pack was read."""
 
     path: Path
-    kind: int
     sealed: bool
     end: int
 
@@ -95,7 +94,7 @@ class _Rebuild:
                 with self._state.write_lock(self._timeout):
                     StateFolder.open(root)
                     number = self._finish(index, accept_loss)
-                    index.env.sync(True)
+                    index.sync()
                     index.close()
                     self._switch(number)
             finally:
@@ -103,6 +102,7 @@ class _Rebuild:
                     index.close()
         finally:
             shutil.rmtree(self._folder, ignore_errors=True)
+        self._report.problems = list(dict.fromkeys(self._report.problems))  # a pack's end is read twice
         return self._report
 
     # --- packs
@@ -127,14 +127,15 @@ class _Rebuild:
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
                 sync_folder(path.parent)
                 size = os.fstat(fd).st_size
-                rows = self._footer(fd, path, size) if start == len(pack.HEADER) else None
+                rows = self._footer(fd, path, size)
                 sealed = rows is not None
                 end = size
                 if rows is None:
                     rows, end = self._scan_frames(fd, path, start, size)
+                rows = [row for row in rows if row.offset >= start]
             finally:
                 os.close(fd)
-        self._seen[identity] = _Seen(path, kind, sealed, end)
+        self._seen[identity] = _Seen(path, sealed, end)
         wanted = frames.KIND_MANIFEST if kind == _MANIFEST_KIND else frames.KIND_CHUNK
         database = "manifests" if kind == _MANIFEST_KIND else "chunks"
         for i in range(0, len(rows), ROWS_A_TRANSACTION):
@@ -189,7 +190,7 @@ class _Rebuild:
 
     def _finish(self, index: Index, accept_loss: bool) -> int:
         """Bring the new index up to what is true now; return its number."""
-        self._append_old_pending()
+        old_next_serial = self._append_old_pending()
         for identity, seen in list(self._seen.items()):
             if not seen.path.exists():
                 self._forget(index, identity)
@@ -199,6 +200,8 @@ class _Rebuild:
                 self._scan(index, identity, kind, path)
         replay = self._journal.replay()
         self._report.problems += replay.damage
+        replay.missing += range(replay.next_serial, old_next_serial)  # lost at the journal's end
+        replay.next_serial = max(replay.next_serial, old_next_serial)
         if replay.missing and not accept_loss:
             shown = ", ".join(str(s) for s in replay.missing[:10])
             raise JournalLoss(
@@ -225,24 +228,34 @@ class _Rebuild:
             self._report.chunks = txn.entries("chunks")
             self._report.manifests = txn.entries("manifests")
             self._report.packs = txn.entries("packs")
-        return self._journal.write_checkpoint(live, replay.next_serial, next_base)
+        numbers = [int(name) for name in os.listdir(self._state.root / "index") if name.isdigit()]
+        return self._journal.write_checkpoint(
+            live, replay.next_serial, next_base, above=max(numbers, default=0)
+        )
 
-    def _append_old_pending(self) -> None:
-        """What the index in use has committed and the journal may not have, said again."""
+    def _append_old_pending(self) -> int:
+        """Say again what the index in use has committed and the journal may not have.
+
+        Return the index's next serial, or 0 where it cannot be read: the journal is all there is then.
+        """
         try:
             number = self._state.current_index()
-            old = Index(self._state.root / "index" / str(number), number, write=False)
-        except (CidfsError, OSError):
-            return  # unreadable: the journal is all there is
+            folder = self._state.root / "index" / str(number)
+            lengthen(folder)
+            old = Index(folder, number, write=False)
+        except (IndexLost, StoreVersion):
+            return 0
         try:
             with old.read() as txn:
                 pending = [raw for _, raw in txn.rows("pending") if raw is not None]
-        except CidfsError:
-            return
+                next_serial = txn.number("next-serial")
+        except IndexLost:
+            return 0
         finally:
             old.close()
         if pending:
             self._journal.append(pending)
+        return next_serial
 
     def _forget(self, index: Index, identity: bytes) -> None:
         """Drop the rows of a pack that a collection took away meanwhile; another copy takes their place."""

@@ -116,7 +116,7 @@ class StateFolder:
         return cls(root, form)
 
     @classmethod
-    def create(cls, root: Path, store_dir: str) -> StateFolder:
+    def create(cls, root: Path, store_dir: str, *, lock_timeout: float = DEFAULT_LOCK_TIMEOUT) -> StateFolder:
         """Make a store in a folder, or open the one that is there; two processes may try at once."""
         with contextlib.suppress(StoreAbsent):
             return cls.open(root)
@@ -124,14 +124,16 @@ class StateFolder:
             root.mkdir(parents=True, exist_ok=True)
         form = Format(version=VERSION, id=os.urandom(16).hex(), store_dir=store_dir, chunking=PARAMETERS)
         state = cls(root, form)
-        with state.write_lock(DEFAULT_LOCK_TIMEOUT):
+        with state.write_lock(lock_timeout):
             with contextlib.suppress(StoreAbsent):
                 return cls.open(root)
-            stray = [n for n in os.listdir(root) if n not in _OUR_NAMES and not n.startswith("format.tmp-")]
+            stray = [n for n in os.listdir(root) if n.partition(".tmp-")[0] not in _OUR_NAMES]
             if stray:
                 raise StoreAbsent(
                     f"{root}: not empty and no store ({stray[0]!r} is in it); name another with --state"
                 )
+            if any(f.stat().st_size for f in root.glob("journal/*")):
+                raise StoreAbsent(f"{root}: a store that lost its file `format`; restore that from a backup")
             with disk_errors(root, "make a store here"):
                 for kind in PACK_KINDS:
                     for i in range(256):
@@ -171,7 +173,8 @@ class StateFolder:
                         raise LockTimeout(f"{path}: {_holder(fd)} held it for {timeout:g} s; {_LOCK_ADVICE}")
                     time.sleep(pause)
                     pause = min(pause * 2, 0.05)
-                os.pwrite(fd, f"{os.getpid():<10}\n".encode(), 0)
+                with contextlib.suppress(OSError):  # a full disk; the name is for messages alone
+                    os.pwrite(fd, f"{os.getpid():<10}\n".encode(), 0)
                 yield
             finally:
                 os.close(fd)
@@ -182,18 +185,23 @@ class StateFolder:
 
     def inode_limit(self) -> int:
         """Return the highest limit that a whole slot of next-inode holds; raise FormatError when none is."""
-        with disk_errors(self.root / "next-inode", "read"):
-            raw = (self.root / "next-inode").read_bytes()
-        limits = []
-        for offset in (0, _SLOT_DISTANCE):
-            slot = raw[offset : offset + 16]
-            if len(slot) == 16 and checksum(slot[:8]) == slot[8:]:
-                limits.append(_SLOT.unpack(slot[:8])[0])
-        if not limits:
+        limit = max(self._inode_slots())
+        if limit < 0:
             raise FormatError(
-                f"{self.root}/next-inode: both slots are damaged; `cidfs rebuild` looks further"
+                f"{self.root}/next-inode: both slots are damaged; `cidfs rebuild --accept-loss` goes on"
+                " from the journal's end"
             )
-        return int(max(limits))
+        return limit
+
+    def _inode_slots(self) -> list[int]:
+        """Return the limits of both slots, -1 for one that is damaged or not there."""
+        raw = b""
+        with disk_errors(self.root / "next-inode", "read"), contextlib.suppress(FileNotFoundError):
+            raw = (self.root / "next-inode").read_bytes()
+        slots = [raw[offset : offset + 16] for offset in (0, _SLOT_DISTANCE)]
+        return [
+            int(_SLOT.unpack(s[:8])[0]) if len(s) == 16 and checksum(s[:8]) == s[8:] else -1 for s in slots
+        ]
 
     def write_inode_limit(self, limit: int) -> None:
         """Raise the limit, durably: the lower slot is overwritten.
@@ -203,13 +211,8 @@ class StateFolder:
         path = self.root / "next-inode"
         slot = _SLOT.pack(limit)
         slot += checksum(slot)
-        raw = path.read_bytes() if path.exists() else b""
-        values = []
-        for offset in (0, _SLOT_DISTANCE):
-            old = raw[offset : offset + 16]
-            whole = len(old) == 16 and checksum(old[:8]) == old[8:]
-            values.append(_SLOT.unpack(old[:8])[0] if whole else -1)
-        target = 0 if values[0] <= values[1] else _SLOT_DISTANCE
+        first, second = self._inode_slots()
+        target = 0 if first <= second else _SLOT_DISTANCE
         try:
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
@@ -219,6 +222,8 @@ class StateFolder:
                 os.close(fd)
         except OSError:
             replace_durably(path, slot + bytes(_SLOT_DISTANCE - len(slot)) + slot)
+        else:
+            sync_folder(self.root)  # whoever made this file may have died before doing so
 
     # --- which index is current
 
@@ -281,7 +286,7 @@ class StateFolder:
             except (FileNotFoundError, PermissionError):
                 continue
             try:
-                if not try_flock(fd) and leads_to(path, fd):
+                if not try_flock(fd, shared=True) and leads_to(path, fd):
                     with contextlib.suppress(msgspec.MsgspecError):
                         found.append((path, msgspec.json.decode(path.read_bytes(), type=LeaseInfo)))
             except FileNotFoundError:
@@ -291,7 +296,7 @@ class StateFolder:
         return found
 
 
-_OUR_NAMES: Final = {"write.lock", "next-inode", "journal", "packs", "index", "run"}
+_OUR_NAMES: Final = {"write.lock", "next-inode", "journal", "packs", "index", "run", "format", "lost+found"}
 _LOCK_ADVICE: Final = "let it go on or end it, then try again"
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from cidfs.errors import ChunkInvalid, ChunkMissing, CidfsError, IndexLost, StoreAbsent
+from cidfs.errors import ChunkInvalid, ChunkMissing, CidfsError, IndexLost, LockTimeout, StoreAbsent
 from cidfs.formats import record
 from cidfs.formats.digest import cid_text
 from cidfs.formats.manifest import Manifest
@@ -107,7 +107,7 @@ class LocalStore:
         """Open the store in a folder; with create, make one where none is."""
         if not create:
             return cls(StateFolder.open(root), write=write, lock_timeout=lock_timeout)
-        state = StateFolder.create(root, store_dir)
+        state = StateFolder.create(root, store_dir, lock_timeout=lock_timeout)
         if not (root / "format").exists():
             with state.write_lock(lock_timeout):
                 if not (root / "format").exists():
@@ -116,9 +116,10 @@ class LocalStore:
                     sync_folder(root / "index" / "1")
                     state.switch_index(1)
                     state.finish_creation()
+        state = StateFolder.open(root)  # perhaps another process made it meanwhile
         if state.format.store_dir != store_dir:
             raise StoreAbsent(f"{root}: a store for {state.format.store_dir}, not for {store_dir}")
-        return cls(StateFolder.open(root), write=write, lock_timeout=lock_timeout)
+        return cls(state, write=write, lock_timeout=lock_timeout)
 
     @property
     def store_dir(self) -> str:
@@ -175,10 +176,13 @@ class LocalStore:
             if stamp == self._stamp or stamp is None:
                 return False
             before = self._stamp
+            # opening for writing takes LMDB's lock: only under the write lock can nobody hold that for ever
+            lock = self.state.write_lock(0) if self._write else contextlib.nullcontext()
             try:
-                # the old environment closes with the last transaction that uses it
-                self._index = self._open_current()
-            except IndexLost:
+                with lock:
+                    # the old environment closes with the last transaction that uses it
+                    self._index = self._open_current()
+            except (IndexLost, LockTimeout):
                 self._stamp = before
                 return False
             return True
@@ -381,10 +385,14 @@ class LocalStore:
             yield self._index
 
     def put_places(self, database: str, rows: Sequence[tuple[bytes, Place]], writer: PackWriter) -> None:
-        """Commit the rows of frames that are synced; a digest that has a row keeps it."""
+        """Commit the rows of frames that are synced.
+
+        A digest that has a row keeps it, but for what was fetched and is now made here.
+        """
         with self._transaction_lock() as index, index.write() as txn:
             for digest, place in rows:
-                if txn.get(database, digest) is None:
+                old = txn.get(database, digest)
+                if old is None or (Place.unpack(old).kind == CACHE and place.kind != CACHE):
                     txn.put_place(database, digest, place)
             self._note_packs(txn, writer)
 

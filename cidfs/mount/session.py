@@ -122,13 +122,14 @@ def _user_may_allow_other() -> bool:
     return any(line.strip() == "user_allow_other" for line in lines)
 
 
-def raise_read_ahead(mountpoint: Path) -> bool:
-    """Let the kernel read ahead in requests of a megabyte; say whether it could be set (root alone may)."""
-    info = mounted_at(mountpoint)
-    if info is None:
-        return False
+def raise_read_ahead(device: str) -> bool:
+    """Let the kernel read ahead in requests of a megabyte; say whether it could be set (root alone may).
+
+    device is that of the mount's line in mountinfo. The kernel sets its own value when the first message
+    (INIT) is answered: what was written before that does not last.
+    """
     try:
-        Path(f"/sys/class/bdi/{info.device}/read_ahead_kb").write_text(str(READ_AHEAD_KIB))
+        Path(f"/sys/class/bdi/{device}/read_ahead_kb").write_text(str(READ_AHEAD_KIB))
     except OSError:
         return False
     return True
@@ -175,12 +176,12 @@ class Isolation:
         unmount_if_mounted(self._mountpoint)
 
 
-def isolate(mountpoint: Path, store_dir: str) -> Isolation | None:
+def isolate(mountpoint: Path, state: Path, store_dir: str) -> Isolation | None:
     """Move this process into a mount namespace where no later overlay of the host covers its own files.
 
     Unmounts of the host still get here (`rslave`), mounts over the store directory do not (it is bound onto
-    itself and private). The own copy of the mount is detached, or the host's umount would never end it. None
-    for who is not root.
+    itself and private). The own copy of the mount is detached, or the host's umount would never end it, and
+    so are those of other cidfs mounts and of overlays. None for who is not root.
     """
     if os.geteuid() != 0:
         return None
@@ -188,6 +189,7 @@ def isolate(mountpoint: Path, store_dir: str) -> Isolation | None:
     _call(_libc.unshare(_CLONE_NEWNS), "unshare")
     _call(_libc.mount(None, b"/", None, ctypes.c_ulong(_MS_REC | _MS_SLAVE), None), "mount --make-rslave /")
     _call(_libc.umount2(os.fsencode(mountpoint), _MNT_DETACH), f"umount {mountpoint}")
+    _let_go({str(state), sys.prefix, sys.base_prefix, *sys.path})
     if os.path.isdir(store_dir):
         where = os.fsencode(store_dir)
         _call(_libc.mount(where, where, None, ctypes.c_ulong(_MS_BIND | _MS_REC), None), f"bind {store_dir}")
@@ -196,6 +198,18 @@ def isolate(mountpoint: Path, store_dir: str) -> Isolation | None:
         )
     os.chdir("/")
     return Isolation(mountpoint, host)
+
+
+def _let_go(needed: set[str]) -> None:
+    """Detach this namespace's copies of cidfs mounts and of overlays that hold nothing that is needed here.
+
+    Where the host's mounts are private (no systemd) its unmounts do not get here: two daemons would keep each
+    other's mounts alive, and an overlay its lower layer.
+    """
+    for info in reversed(mounts()):
+        inside = info.mountpoint.rstrip("/") + "/"
+        if info.type in (FILE_SYSTEM_TYPE, "overlay") and not any(f"{n}/".startswith(inside) for n in needed):
+            _libc.umount2(os.fsencode(info.mountpoint), _MNT_DETACH)
 
 
 def unmount_if_mounted(mountpoint: Path) -> None:

@@ -91,6 +91,7 @@ class Pyfuse3Transport(pyfuse3.Operations):
         self.view = view
         self.latencies = {kind: Latencies() for kind in KINDS}
         self.misses = trio.CapacityLimiter(MAX_MISSES)
+        self.answering = trio.Event()  # the kernel's first message was answered
 
     def mount(self, mountpoint: str, options: set[str]) -> None:
         """Mount; raise RuntimeError as pyfuse3 does. Before trio runs, and before any thread starts."""
@@ -107,6 +108,10 @@ class Pyfuse3Transport(pyfuse3.Operations):
     def close(self) -> None:
         """Give the session back, without unmounting: that is the mount session's business."""
         pyfuse3.close(unmount=False)
+
+    def init(self) -> None:
+        """Take INIT; the library answers it before any task runs that waits for the event."""
+        self.answering.set()
 
     # --- requests; a file handle is the inode number, for read and readdir are not told it
 
