@@ -87,7 +87,8 @@ def _child(plan: daemon.MountPlan, writing: int) -> NoReturn:
 
     def report(kind: str = "", text: str = "") -> None:
         with contextlib.suppress(OSError):  # told already, or the caller has gone
-            os.write(writing, msgspec.json.encode(_Report(kind, text)) + b"\n")
+            told = text.encode(errors="backslashreplace").decode()
+            os.write(writing, msgspec.json.encode(_Report(kind, told)) + b"\n")
             os.close(writing)
 
     def ready() -> None:
@@ -112,7 +113,8 @@ def _child(plan: daemon.MountPlan, writing: int) -> NoReturn:
         report(kind, str(e))
         code = errors.exit_code(e)
     except BaseException as e:
-        logging.exception("the daemon ended in a way that was not foreseen")
+        if log.exists():
+            logging.exception("the daemon ended in a way that was not foreseen")
         report("MountFailed", f"{plan.mountpoint}: {type(e).__name__}: {e}")
         code = 70
     finally:
@@ -128,7 +130,7 @@ def stop(mountpoint: Path, *, lazy: bool) -> None:
     Raise MountPointAbsent, MountPointBusy, MountFailed.
     """
     info = session.mounted_at(mountpoint)
-    state = Path(info.source) if info is not None else Path("/")
+    state = session.source_of(info) if info is not None else Path("/")
     daemons = _daemons(state, mountpoint)
     session.unmount(mountpoint, lazy=lazy)
     deadline = time.monotonic() + STOP_SECONDS
@@ -147,4 +149,4 @@ def _daemons(state: Path, mountpoint: Path) -> set[int]:
         leases = StateFolder.open(state).leases()
     except CidfsError:
         return set()
-    return {i.pid for _, i in leases if i.kind == "mount" and i.mountpoint == str(mountpoint)}
+    return {i.pid for _, i in leases if i.kind == "mount" and i.mountpoint == session.printable(mountpoint)}

@@ -58,7 +58,7 @@ def run(plan: MountPlan, ready: Callable[[], None]) -> None:
             plan.state, create=True, store_dir=plan.store_dir, lock_timeout=plan.lock_timeout
         ).close()
         store = stack.enter_context(LocalStore.open(plan.state))
-        lease = store.lease("mount", mountpoint=str(plan.mountpoint), transport="pyfuse3")
+        lease = store.lease("mount", mountpoint=session.printable(plan.mountpoint), transport="pyfuse3")
         stack.callback(lease.release)
         transport = Pyfuse3Transport(StoreView(store, list_root=plan.list_root))
         complaint: list[str] = []
@@ -181,7 +181,7 @@ class _Daemon:
         counters = view.counters
         return control.DaemonStats(
             pid=os.getpid(),
-            mountpoint=str(self._plan.mountpoint),
+            mountpoint=session.printable(self._plan.mountpoint),
             transport=self._lease.info.transport,
             uptime=time.monotonic() - self._began,
             memory=_memory(),

@@ -1,4 +1,4 @@
-"""Commands that mount and unmount."""
+"""Commands that mount and unmount. The daemon and its libraries are loaded by these alone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from cidfs import background, daemon
 from cidfs.cli.common import GLOBALS
 from cidfs.errors import UsageError
 from cidfs.mount import session
@@ -36,6 +35,8 @@ def mount(
     Store paths are MOUNTPOINT/<hash>-<name>, and there as soon as they are added. Take it down with `cidfs
     umount`.
     """
+    from cidfs import background, daemon
+
     settings = GLOBALS.settings()
     if (transport or settings.mount.transport) not in ("auto", "pyfuse3"):
         raise UsageError(f"--transport {transport}: this version has auto and pyfuse3")
@@ -63,4 +64,6 @@ def umount(
     ] = False,
 ) -> None:
     """Take a cidfs mount down and wait until its daemon has ended."""
+    from cidfs import background
+
     background.stop(session.resolve(mountpoint), lazy=lazy)

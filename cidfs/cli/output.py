@@ -1,24 +1,19 @@
-"""Where all human output goes: results to standard output, progress and messages to standard error."""
+"""Where all human output goes: results to standard output, progress and messages to standard error.
+
+Libraries that only draw are loaded when something is drawn: most commands are short.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import sys
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TransferSpeedColumn,
-)
-from rich.table import Table
+from cidfs.engine import progress
 
-from cidfs.engine import ingest
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 
 def say(message: str) -> None:
@@ -54,6 +49,9 @@ def show_facts(rows: list[tuple[str, str]]) -> None:
 
 def show_table(title: str, rows: list[tuple[str, str]]) -> None:
     """Show names and numbers."""
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
@@ -64,6 +62,9 @@ def show_table(title: str, rows: list[tuple[str, str]]) -> None:
 
 def show_grid(title: str, heads: list[str], rows: list[list[str]]) -> None:
     """Show a table with a head; the first column names, the others are numbers."""
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for i, head in enumerate(heads):
         table.add_column(head, justify="right" if i else "left")
@@ -72,7 +73,7 @@ def show_grid(title: str, heads: list[str], rows: list[list[str]]) -> None:
     Console(highlight=False).print(table)
 
 
-class _IngestBar(ingest.Progress):
+class _IngestBar(progress.Progress):
     def __init__(self, bar: Progress) -> None:
         self._bar = bar
         self._task = bar.add_task("reading", total=None)
@@ -85,11 +86,14 @@ class _IngestBar(ingest.Progress):
 
 
 @contextlib.contextmanager
-def ingest_progress() -> Iterator[ingest.Progress]:
+def ingest_progress() -> Iterator[progress.Progress]:
     """Show an ingest's progress on a terminal, nothing elsewhere."""
     if not sys.stderr.isatty():
-        yield ingest.Progress()
+        yield progress.Progress()
         return
+    from rich.console import Console
+    from rich.progress import DownloadColumn, Progress, SpinnerColumn, TextColumn, TransferSpeedColumn
+
     console = Console(stderr=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=console, transient=True) as bar:
@@ -125,6 +129,9 @@ def steps_progress() -> Iterator[Steps]:
     if not sys.stderr.isatty():
         yield Steps(None)
         return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         yield Steps(bar)

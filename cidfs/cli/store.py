@@ -6,64 +6,77 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import trio
 import typer
 
 from cidfs.cli.common import GLOBALS, published
 from cidfs.cli.output import ingest_progress, result, say, steps_progress
-from cidfs.engine.ingest import Wanted, ingest
-from cidfs.engine.nix_db import NixDatabase, ValidPath
 from cidfs.engine.sources import DiskSource, NarSource
-from cidfs.engine.verify import verify as check
-from cidfs.errors import Conflict, Damaged, FormatError, SourceError, UsageError
+from cidfs.engine.wanted import Wanted
+from cidfs.errors import CidfsError, Conflict, Damaged, FormatError, SourceError, UsageError
 from cidfs.formats.digest import parse_sha256
 from cidfs.formats.store_path import StorePath, check_name, parse_store_path
 from cidfs.local.publish import Published
-from cidfs.local.rebuild import rebuild as make_anew
 from cidfs.local.state import StateFolder
 from cidfs.local.store import LocalStore, PublishedPath
 
+if TYPE_CHECKING:
+    from cidfs.engine.nix_db import ValidPath
 
-def _ingest(store: LocalStore, wanted: Sequence[Wanted], asked_for: set[StorePath] | None = None) -> None:
-    """Ingest and print what was published: all that is new, and of the rest what was asked for (None.
 
-    All).
+def _ingest(
+    store: LocalStore,
+    wanted: Sequence[Wanted],
+    *,
+    asked_for: set[StorePath] | None = None,
+    keep_going: bool = False,
+) -> None:
+    """Ingest, and print what is new, and of the rest what was asked for (all when that is None).
+
+    With keep_going, a path that cannot be ingested is reported and the others go on.
     """
+    import trio
+
+    from cidfs.engine.ingest import ingest
+
+    failed: list[CidfsError] = []
 
     def show(outcomes: Sequence[Published]) -> None:
         for outcome in outcomes:
-            if not outcome.conflict and (outcome.new or asked_for is None or outcome.path in asked_for):
+            if outcome.conflict:
+                failed.append(Conflict(outcome.conflict))
+            elif outcome.new or asked_for is None or outcome.path in asked_for:
                 result(outcome.path.full(store.store_dir))
         sys.stdout.flush()
 
-    async def work() -> list[Published]:
+    async def work() -> None:
         with ingest_progress() as progress:
-            return await ingest(store, wanted, progress=progress, on_published=show)
+            on_failed = failed.append if keep_going else None
+            await ingest(store, wanted, progress=progress, on_published=show, on_failed=on_failed)
 
-    conflicts = [o.conflict for o in trio.run(work) if o.conflict]
-    for line in conflicts[1:]:
-        say(f"cidfs: {line}")
-    if conflicts:
-        raise Conflict(conflicts[0])
+    trio.run(work)
+    for error in failed[1:]:
+        say(f"cidfs: {error}")
+    if failed:
+        raise failed[0]
 
 
 def add(
     paths: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Directories, files or symlinks.")],
     name: Annotated[
-        str, typer.Option(help="The name in the store path; by default the last component of DIR.")
-    ] = "",
+        str | None, typer.Option(help="The name in the store path; by default the last component of DIR.")
+    ] = None,
 ) -> None:
     """Add directories or files to the store, each as the store path that `nix store add` gives.
 
     Print the paths.
     """
-    if name and len(paths) > 1:
+    if name is not None and len(paths) > 1:
         raise UsageError("--name goes with one directory only")
     wanted = []
     for path in paths:
-        base = name or os.path.basename(os.path.abspath(path))
+        base = os.path.basename(os.path.abspath(path)) if name is None else name
         if not os.path.lexists(path):
             raise SourceError(f"{path}: no such file or directory")
         try:
@@ -89,14 +102,15 @@ def import_(
     ] = True,
     everything: Annotated[bool, typer.Option("--all", help="Every valid path of the Nix store.")] = False,
     name: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="With -: the name that the contents shall have, or a whole store path to take as it is."
         ),
-    ] = "",
+    ] = None,
     nar_hash: Annotated[
-        str, typer.Option(help="With -: the SHA-256 that the NAR must have, in any of Nix's notations.")
-    ] = "",
+        str | None,
+        typer.Option(help="With -: the SHA-256 that the NAR must have, in any of Nix's notations."),
+    ] = None,
 ) -> None:
     """Import paths from a Nix store, with what its database knows of them, or a NAR; print what was added.
 
@@ -105,24 +119,28 @@ def import_(
     """
     texts = paths or []
     if texts == ["-"]:
-        if everything or not name:
+        if everything or name is None:
             raise UsageError("a NAR on standard input (-) needs --name, and no --all")
         _import_nar(name, nar_hash)
         return
     if "-" in texts:
         raise UsageError("- (a NAR on standard input) stands alone")
-    if name or nar_hash:
+    if name is not None or nar_hash is not None:
         raise UsageError("--name and --nar-hash go with a NAR on standard input (-)")
     if bool(texts) == everything:
         raise UsageError("name the paths to import, or --all")
     if "://" in source:
         raise UsageError(f"--from {source}: this version imports from the root folder of a Nix store only")
     store_dir = GLOBALS.settings().store.store_dir
+    from cidfs.engine.nix_db import NixDatabase
+
+    # closed before anything is read: a reader of its database keeps Nix from tidying up its log
     with NixDatabase(Path(source).absolute(), store_dir) as database:
         asked = list(database.all_paths()) if everything else [_store_path(t, store_dir) for t in texts]
         ordered = database.ordered(asked, closure=closure or everything)
-        with GLOBALS.open_store(write=True, create=True) as store:
-            _ingest(store, [_wanted(database, v) for v in ordered], set(asked))
+    wanted = [_wanted(database.physical(valid.path), valid) for valid in ordered]
+    with GLOBALS.open_store(write=True, create=True) as store:
+        _ingest(store, wanted, asked_for=set(asked), keep_going=everything)
 
 
 def _store_path(text: str, store_dir: str) -> StorePath:
@@ -132,9 +150,9 @@ def _store_path(text: str, store_dir: str) -> StorePath:
         raise UsageError(str(e)) from None
 
 
-def _wanted(database: NixDatabase, valid: ValidPath) -> Wanted:
+def _wanted(where: Path, valid: ValidPath) -> Wanted:
     return Wanted(
-        DiskSource(str(database.physical(valid.path))),
+        DiskSource(str(where)),
         path=valid.path,
         expected_hash=valid.nar_hash,
         expected_size=valid.nar_size,
@@ -145,7 +163,7 @@ def _wanted(database: NixDatabase, valid: ValidPath) -> Wanted:
     )
 
 
-def _import_nar(name: str, nar_hash: str) -> None:
+def _import_nar(name: str, nar_hash: str | None) -> None:
     store_dir = GLOBALS.settings().store.store_dir
     path: StorePath | None = None
     try:
@@ -156,7 +174,7 @@ def _import_nar(name: str, nar_hash: str) -> None:
         except FormatError as e:
             raise UsageError(str(e)) from None
     try:
-        expected = parse_sha256(nar_hash) if nar_hash else None
+        expected = parse_sha256(nar_hash) if nar_hash is not None else None
     except FormatError as e:
         raise UsageError(f"--nar-hash: {e}") from None
     if sys.stdin.isatty():
@@ -181,6 +199,10 @@ def verify(
 
     Prints a line for each damaged thing and for each store path that it touches; the exit code is 16 then.
     """
+    import trio
+
+    from cidfs.engine.verify import verify as check
+
     with GLOBALS.open_store() as store, steps_progress() as steps:
         chosen = None
         if paths:
@@ -209,6 +231,8 @@ def rebuild(
 
     Mounts may run meanwhile; they take the new index within a second.
     """
+    from cidfs.local.rebuild import rebuild as make_anew
+
     settings = GLOBALS.settings()
     timeout = settings.store.lock_timeout if GLOBALS.lock_timeout is None else GLOBALS.lock_timeout
     state = StateFolder.open(Path(settings.store.state))

@@ -17,13 +17,15 @@ from typing import Final
 import msgspec
 import trio
 
-from cidfs.engine.sources import Batch, Source, Tree
+from cidfs.engine.progress import Progress
+from cidfs.engine.sources import Batch, Tree
+from cidfs.engine.wanted import Wanted
 from cidfs.errors import CidfsError, HashMismatch
 from cidfs.formats.chunking import encode
 from cidfs.formats.digest import digest_of, sha256_text
 from cidfs.formats.manifest import EXECUTABLE, FILE, Manifest
 from cidfs.formats.record import Record
-from cidfs.formats.store_path import StorePath, fixed_output_ca, fixed_output_path
+from cidfs.formats.store_path import fixed_output_ca, fixed_output_path
 from cidfs.local.packs import CACHE, MANIFEST, OWN
 from cidfs.local.publish import Candidate, Published
 from cidfs.local.rows import Place
@@ -34,43 +36,6 @@ GROUP_CHUNKS: Final = 200_000
 GROUP_SECONDS: Final = 0.2
 ROWS_A_TRANSACTION: Final = 2000
 BATCHES_AHEAD: Final = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """A tree to ingest, and what its path is to be.
-
-    Without a path, it is the one that the contents give under `name` (as `nix store add` does). expected_hash
-    and expected_size are of the NAR; a mismatch publishes nothing.
-    """
-
-    source: Source
-    name: str = ""
-    path: StorePath | None = None
-    expected_hash: bytes | None = None
-    expected_size: int | None = None
-    references: tuple[str, ...] = ()
-    deriver: str = ""
-    ca: str = ""
-    signatures: tuple[str, ...] = ()
-
-    def same_as(self, known: Record) -> bool:
-        """Whether a published path has these very contents and references, so that nothing need be read."""
-        return (
-            self.expected_hash == known.nar_hash
-            and self.expected_size in (None, known.nar_size)
-            and tuple(sorted(set(self.references))) == known.references
-        )
-
-
-class Progress:
-    """What an ingest tells while it runs; does nothing unless overridden. Called from the trio thread."""
-
-    def path(self, label: str) -> None:
-        """The next path is being read."""
-
-    def bytes(self, count: int) -> None:
-        """So many more bytes of contents were stored or found to be here."""
 
 
 Encoded = list[tuple[bytes, Place | None, int, bytes, int]]
@@ -88,7 +53,7 @@ class _Slot:
     tree: Tree
     batch: Batch
     last: bool = False
-    failure: BaseException | None = None
+    failure: CidfsError | None = None
     known: Candidate | None = None
     encoded: Encoded = field(default_factory=list)
     done: trio.Event = field(default_factory=trio.Event)
@@ -96,9 +61,14 @@ class _Slot:
 
 class _Ingest:
     def __init__(
-        self, store: LocalStore, progress: Progress, on_published: Callable[[Sequence[Published]], None]
+        self,
+        store: LocalStore,
+        progress: Progress,
+        on_published: Callable[[Sequence[Published]], None],
+        on_failed: Callable[[CidfsError], None] | None,
     ) -> None:
         self._store = store
+        self._on_failed = on_failed
         self._progress = progress
         self._on_published = on_published
         self._own = store.pack_writer(OWN)
@@ -146,7 +116,7 @@ class _Ingest:
                 tree = Tree()
                 batches = item.source.read(tree)
                 slot: _Slot | None = None
-                failure: BaseException | None = None
+                failure: CidfsError | None = None
                 while True:
                     try:
                         batch = await trio.to_thread.run_sync(next, batches, None, abandon_on_cancel=True)
@@ -163,7 +133,8 @@ class _Ingest:
                     stop = _Slot(item, tree, [], failure=failure)
                     stop.done.set()
                     await to_write.send(stop)
-                    return
+                    if self._on_failed is None:
+                        return
 
     def _known(self, wanted: Wanted) -> Candidate | None:
         """Return the candidate for a path that is published with the same contents, or None."""
@@ -212,8 +183,9 @@ class _Ingest:
             async for slot in writable:
                 await slot.done.wait()
                 if slot.failure is not None:
-                    await self._flush()
-                    raise slot.failure
+                    self._places = bytearray()
+                    await self._fail(slot.failure)
+                    continue
                 if slot.known is not None:
                     self._add_ready(slot.known)
                     if self._group_is_full():
@@ -225,15 +197,22 @@ class _Ingest:
                 if slot.last:
                     try:
                         candidate = await trio.to_thread.run_sync(self._finish, slot.wanted, slot.tree)
-                    except CidfsError:
-                        await self._flush()
-                        raise
+                    except CidfsError as e:
+                        await self._fail(e)
+                        continue
                     self._add_ready(candidate)
                 if self._group_is_full():
                     await self._flush()
                 elif len(self._new_chunks) >= ROWS_A_TRANSACTION:
                     await trio.to_thread.run_sync(self._commit_rows)
         await self._flush()
+
+    async def _fail(self, error: CidfsError) -> None:
+        """Publish what was finished before; then report the error and go on, or end with it."""
+        await self._flush()
+        if self._on_failed is None:
+            raise error
+        self._on_failed(error)
 
     def _add_ready(self, candidate: Candidate) -> None:
         self._first_ready = self._first_ready if self._ready else trio.current_time()
@@ -345,6 +324,7 @@ async def ingest(
     *,
     progress: Progress | None = None,
     on_published: Callable[[Sequence[Published]], None] | None = None,
+    on_failed: Callable[[CidfsError], None] | None = None,
 ) -> list[Published]:
     """Ingest sources and publish them, references before referrers if they come in that order.
 
@@ -352,7 +332,7 @@ async def ingest(
     it: what was finished before it is published, nothing of what failed is.
     """
     lease = await trio.to_thread.run_sync(store.lease, "ingest")
-    work = _Ingest(store, progress or Progress(), on_published or (lambda outcomes: None))
+    work = _Ingest(store, progress or Progress(), on_published or (lambda outcomes: None), on_failed)
     try:
         await work.run(wanted)
     except BaseExceptionGroup as group:

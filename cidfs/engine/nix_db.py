@@ -58,12 +58,15 @@ class NixDatabase:
             raise SourceError(
                 f"{self.root}: no Nix store here ({self.path} is not there); name its root with --from"
             )
+        with self.path.open("rb") as file:
+            with_log = file.read(20)[18:19] == b"\x02"
         try:
-            return self._open(self.path, "mode=ro")
+            # without a write-ahead log, Nix excludes others by a file beside the database, as we must then
+            return self._open(self.path, "mode=ro" if with_log else "mode=ro&vfs=unix-dotfile")
         except sqlite3.OperationalError:
-            # a write-ahead log needs a shared-memory file beside it; on a read-only medium work on a copy
+            # both need to write beside the database; on a read-only medium nobody does: work on a copy
             folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="cidfs-nix-db-")))
-            for suffix in ("", "-wal"):
+            for suffix in ("", "-wal", "-journal"):
                 with contextlib.suppress(FileNotFoundError):
                     shutil.copyfile(f"{self.path}{suffix}", folder / f"db.sqlite{suffix}")
             return self._open(folder / "db.sqlite", "mode=rw")

@@ -12,11 +12,12 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import trio
 
 from cidfs.engine.export import nar_pieces
+from cidfs.engine.progress import Steps
 from cidfs.errors import CidfsError
 from cidfs.formats import frames
 from cidfs.formats.digest import cid_text, sha256_text
@@ -27,18 +28,6 @@ from cidfs.local.rows import PackRow, Place
 from cidfs.local.store import LocalStore, PublishedPath
 
 T = TypeVar("T")
-
-
-class Steps(Protocol):
-    """Told how far a verification is."""
-
-    def begin(self, label: str, total: int) -> None:
-        """A stage of so many steps begins."""
-        ...
-
-    def step(self, count: int = 1) -> None:
-        """So many steps were done."""
-        ...
 
 
 @dataclass

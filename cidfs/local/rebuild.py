@@ -175,7 +175,7 @@ class _Rebuild:
     def _scan_frames(self, fd: int, path: Path, start: int, size: int) -> tuple[list[pack.Row], int]:
         rows: list[pack.Row] = []
         end = start
-        data = os.pread(fd, size - start, start)
+        data = os.pread(fd, max(0, size - start), start)  # nothing, where not even the header was kept
         for found in frames.scan(data):
             if isinstance(found, frames.Gap):
                 self._report.problems.append(

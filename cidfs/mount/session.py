@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+from urllib.parse import quote, unquote_to_bytes
 
 from cidfs.errors import MountFailed, MountPointAbsent, MountPointBusy, NotPermitted
 
@@ -63,6 +64,16 @@ def mounted_at(mountpoint: Path) -> MountInfo | None:
     return here
 
 
+def source_of(info: MountInfo) -> Path:
+    """Return the state folder that a cidfs mount shows as its source."""
+    return Path(os.fsdecode(unquote_to_bytes(info.source)))
+
+
+def printable(path: Path) -> str:
+    """Return a path as text that any encoding takes."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
 def _unescape(text: str) -> str:
     for code, char in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
         text = text.replace(code, char)
@@ -87,7 +98,7 @@ def check_mountpoint(mountpoint: Path) -> None:
                     f"{mountpoint}: a dead mount is there; take it down with `cidfs umount {mountpoint}`"
                 ) from None
         if there.type == FILE_SYSTEM_TYPE:
-            raise MountPointBusy(f"{mountpoint}: cidfs is mounted there already (store {there.source})")
+            raise MountPointBusy(f"{mountpoint}: cidfs is mounted there already (store {source_of(there)})")
     try:
         if not mountpoint.is_dir():
             problem = "is not a directory" if mountpoint.exists() else "does not exist; make it first"
@@ -107,8 +118,7 @@ def check_mountpoint(mountpoint: Path) -> None:
 
 def options(source: Path) -> set[str]:
     """Return the mount options; the state folder is shown as the source."""
-    name = str(source).replace("\\", "\\\\").replace(",", "\\,")
-    chosen = {f"fsname={name}", "subtype=cidfs", "ro", "noatime", "nosuid", "nodev"}
+    chosen = {f"fsname={quote(os.fsencode(source))}", "subtype=cidfs", "ro", "noatime", "nosuid", "nodev"}
     if os.geteuid() == 0 or _user_may_allow_other():
         chosen.add("allow_other")
     return chosen

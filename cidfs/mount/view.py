@@ -19,6 +19,7 @@ from typing import Final, NamedTuple
 from cidfs.errors import ChunkInvalid, ChunkMissing, FormatError, PathAbsent, StaleInode, WrongType
 from cidfs.formats.digest import cid_text
 from cidfs.formats.manifest import DIRECTORY, MODES, Manifest, Node, decode_node
+from cidfs.formats.nar import MAX_NAME
 from cidfs.formats.store_path import HASH_PART_LENGTH
 from cidfs.local.store import LocalStore
 
@@ -103,6 +104,8 @@ class StoreView:
 
         From the index alone.
         """
+        if len(name) > MAX_NAME:
+            raise WrongType("the name is too long", errno.ENAMETOOLONG)
         if parent == ROOT:
             return self._lookup_root(name)
         if parent == LINKS:
