@@ -53,6 +53,7 @@ BAD_NAMES = ("", ".", "..", ".-x", "..-x", "a/b", "sp ace", "\u00e9", "new\nline
 
 def test_names_that_nix_refuses_are_refused(world: World, scratch: ChrootStore, cidfs: Cidfs) -> None:
     source = world.sources / "file"
+    cidfs.run("add", source)
     before = cidfs.listed()
     for name in BAD_NAMES:
         done = scratch.nix.attempt("nix", "store", "add", "--store", scratch.root, "--name", name, source)
