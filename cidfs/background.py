@@ -138,7 +138,7 @@ def stop(mountpoint: Path, *, lazy: bool) -> None:
     while not lazy and daemons & _daemons(state, mountpoint):
         if time.monotonic() > deadline:
             raise MountFailed(
-                f"{mountpoint}: unmounted, but its daemon {daemons} has not ended; look at its log"
+                f"{mountpoint}: unmounted, but its daemon (process {min(daemons)}) goes on; see its log"
             )
         time.sleep(pause)
         pause = min(2 * pause, 0.1)

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cidfs.config import Settings, load
-from cidfs.errors import ChunkMissing, PathAbsent
+from cidfs.errors import ChunkMissing, FormatError, PathAbsent, UsageError
 from cidfs.formats.digest import looks_like_cid, parse_cid
 from cidfs.formats.manifest import Manifest, Node
-from cidfs.formats.store_path import StorePath, parse_base_name, parse_store_path
+from cidfs.formats.store_path import StorePath, parse_store_path
 from cidfs.local.rows import PathRow
 from cidfs.local.store import LocalStore
 
@@ -70,13 +70,13 @@ def locate(store: LocalStore, text: str) -> Located:
     path: StorePath | None = None
     row: PathRow | None = None
     if looks_like_cid(outer):
-        digest = parse_cid(outer)
+        digest = cid(outer)
         try:
             manifest = store.read_manifest(digest)
         except ChunkMissing:
             raise PathAbsent(f"{outer}: no manifest of this CID in {store.state.root}") from None
     else:
-        path = parse_store_path(outer, store.store_dir)
+        path = store_path(outer, store.store_dir)
         row = published(store, path)
         digest = row.manifest
         manifest = store.read_manifest(digest)
@@ -84,6 +84,14 @@ def locate(store: LocalStore, text: str) -> Located:
     if index is None:
         raise PathAbsent(f"{text}: {outer} has no {inside.decode(errors='replace')!r}")
     return Located(manifest, digest, index, path, row)
+
+
+def cid(text: str) -> bytes:
+    """Return the digest of a CID that was given as an argument; raise UsageError when it is none."""
+    try:
+        return parse_cid(text)
+    except FormatError as e:
+        raise UsageError(str(e)) from None
 
 
 def published(store: LocalStore, path: StorePath) -> PathRow:
@@ -94,12 +102,18 @@ def published(store: LocalStore, path: StorePath) -> PathRow:
     return row
 
 
+def store_path(text: str, store_dir: str) -> StorePath:
+    """Return the store path that an argument names; raise UsageError when it cannot be one."""
+    try:
+        return parse_store_path(text, store_dir)
+    except FormatError as e:
+        raise UsageError(str(e)) from None
+
+
 def _split(store: LocalStore, text: str) -> tuple[str, bytes]:
     prefix = store.store_dir + "/"
     rest = text[len(prefix) :] if text.startswith(prefix) else text
-    if rest.startswith("/"):
-        parse_store_path(text, store.store_dir)  # raises, with the reason
     outer, _, inside = rest.partition("/")
-    if not looks_like_cid(outer):
-        parse_base_name(outer)
+    if rest.startswith("/") or not looks_like_cid(outer):
+        store_path(text if rest.startswith("/") else outer, store.store_dir)  # raises, with the reason
     return outer, inside.encode(errors="surrogateescape")

@@ -8,11 +8,11 @@ from typing import Annotated
 import msgspec
 import typer
 
-from cidfs.cli.common import GLOBALS, Located, locate
+from cidfs.cli.common import GLOBALS, Located, cid, locate
 from cidfs.cli.output import raw, result, show_facts, size_text
 from cidfs.engine.export import file_pieces, nar_pieces
 from cidfs.errors import PathAbsent, UsageError
-from cidfs.formats.digest import cid_text, looks_like_cid, parse_cid, sha256_text
+from cidfs.formats.digest import cid_text, looks_like_cid, sha256_text
 from cidfs.formats.manifest import DIRECTORY, EXECUTABLE, FILE, MODES, SYMLINK
 from cidfs.local.store import LocalStore
 
@@ -29,7 +29,7 @@ def ls(
     path: Annotated[
         str | None,
         typer.Argument(
-            metavar="[PATH]", help="A store path, a directory inside one, or a CID; none: all store paths."
+            metavar="PATH", help="A store path, a directory inside one, or a CID; none: all store paths."
         ),
     ] = None,
     long: Annotated[bool, typer.Option("--long", "-l", help="With mode, size and link target.")] = False,
@@ -57,10 +57,10 @@ def ls(
 def cat(path: PathArgument) -> None:
     """Write a file's contents to standard output; a chunk's CID gives the chunk."""
     with GLOBALS.open_store() as store:
-        if looks_like_cid(path) and store.place("manifests", parse_cid(path)) is None:
-            if store.place("chunks", parse_cid(path)) is None:
+        if looks_like_cid(path) and store.place("manifests", cid(path)) is None:
+            if store.place("chunks", cid(path)) is None:
                 raise PathAbsent(f"{path}: neither a chunk nor a manifest of the store at {store.state.root}")
-            raw(store.read_chunk(parse_cid(path)))
+            raw(store.read_chunk(cid(path)))
             return
         found = locate(store, path)
         if not found.node.is_file:

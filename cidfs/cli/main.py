@@ -20,11 +20,15 @@ from cidfs.errors import CidfsError, exit_code
 USAGE_EXIT = 2
 INTERNAL_EXIT = 70
 INTERRUPTED_EXIT = 130
+CLOSED_PIPE_EXIT = 141
 
 app = typer.Typer(
     name="cidfs",
     help="A content-addressed, read-only Nix store: add to it, import a Nix store, mount it.",
-    epilog="Results go to standard output, all else to standard error. Exit codes: see docs/command-line.md.",
+    epilog="Results go to standard output, all else to standard error. Exit codes: 0 done, 2 wrong use,"
+    " 3 unreadable source, 4 absent, 5 hash mismatch, 6 conflict, 7 malformed, 10 no store, 11 other version,"
+    " 12 index lost, 13 locked, 14 not permitted, 15 disk, 16 damaged, 17 journal lost, 18 chunk lost,"
+    " 20 mount failed, 21 mount point absent, 22 busy, 130 interrupted.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -70,21 +74,21 @@ def options(
     GLOBALS.state, GLOBALS.config, GLOBALS.lock_timeout, GLOBALS.debug = state, config, lock_timeout, debug
 
 
-_COMMANDS: dict[str, Callable[..., None]] = {
-    "add": store.add,
-    "import": store.import_,
-    "mount": mounts.mount,
-    "umount": mounts.umount,
-    "stats": stats.stats,
-    "ls": look.ls,
-    "cat": look.cat,
-    "info": look.info,
-    "nar": look.nar,
-    "verify": store.verify,
-    "rebuild": store.rebuild,
+_COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
+    "add": (store.add, "Add directories or files."),
+    "import": (store.import_, "Import paths from a Nix store, or a NAR."),
+    "mount": (mounts.mount, "Mount the store, read-only."),
+    "umount": (mounts.umount, "Take a mount down."),
+    "stats": (stats.stats, "Show sizes, requests and latencies."),
+    "ls": (look.ls, "List store paths, or what is in one."),
+    "cat": (look.cat, "Write a file to standard output."),
+    "info": (look.info, "Show what is known of a store path."),
+    "nar": (look.nar, "Write a NAR to standard output."),
+    "verify": (store.verify, "Check all that is stored."),
+    "rebuild": (store.rebuild, "Make the index anew."),
 }
-for _name, _command in _COMMANDS.items():
-    app.command(name=_name)(_command)
+for _name, (_command, _short) in _COMMANDS.items():
+    app.command(name=_name, short_help=_short)(_command)
 
 
 def run() -> None:
@@ -94,33 +98,45 @@ def run() -> None:
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        code = code or 141
+        code = code or CLOSED_PIPE_EXIT
     sys.exit(code)
 
 
 def _run() -> int:
     try:
-        done = app(standalone_mode=False)
+        done = app(standalone_mode=False, prog_name="cidfs")
+        if done == INTERRUPTED_EXIT:  # what the parser makes of KeyboardInterrupt
+            raise KeyboardInterrupt
         return done if isinstance(done, int) else 0
-    except CidfsError as e:
-        code = exit_code(e)
-        message = str(e)
-    except KeyboardInterrupt:
-        code, message = INTERRUPTED_EXIT, "interrupted; what was reported as done is done"
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit):  # the parser makes the second of the first
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nobody reads on: no message, as other tools do
-        return 141
-    except typer.Abort:
-        code, message = INTERRUPTED_EXIT, "aborted"
-    except Exception as e:
-        if hasattr(e, "format_message"):  # the parser's own: wrong options and arguments
-            message = f"{e.format_message()} (see `cidfs --help`)"
-            code = USAGE_EXIT
-        elif isinstance(e, OSError) and not GLOBALS.debug:
-            code, message = 1, f"{e.filename or 'input or output'}: {e.strerror}"
-        else:
-            code, message = INTERNAL_EXIT, f"internal error: {type(e).__name__}: {e}; --debug shows where"
-    if GLOBALS.debug:
-        traceback.print_exc()
-    say(f"cidfs: {' '.join(message.splitlines())}")
+        return CLOSED_PIPE_EXIT
+    except (Exception, KeyboardInterrupt) as e:
+        code, message = _explain(e)
+        if GLOBALS.debug:
+            traceback.print_exception(e)
+    if message:
+        say(f"cidfs: {' '.join(message.splitlines())}")
     return code
+
+
+def _explain(error: BaseException) -> tuple[int, str]:
+    """Return the exit code of an error, and one line for people."""
+    if isinstance(error, CidfsError):
+        return exit_code(error), str(error)
+    if isinstance(error, KeyboardInterrupt | typer.Abort):
+        return INTERRUPTED_EXIT, "interrupted; what was reported as done is done"
+    if hasattr(error, "format_message"):  # the parser's own: wrong options and arguments
+        text: str = error.format_message()
+        if text.lstrip().startswith("Usage:"):  # no command at all: its message is the whole help
+            say(text)
+            return USAGE_EXIT, ""
+        early = next((o for o in _EARLY_OPTIONS if f"No such option: {o}" in text), "")
+        hint = f"{early} stands before the command" if early else "see `cidfs --help`"
+        return USAGE_EXIT, f"{text.rstrip('.')} ({hint})"
+    if isinstance(error, OSError):
+        return 1, f"{error.filename or 'input or output'}: {error.strerror}"
+    return INTERNAL_EXIT, f"internal error: {type(error).__name__}: {error}; --debug shows where"
+
+
+_EARLY_OPTIONS = ("--state", "--config", "--lock-timeout", "--debug")

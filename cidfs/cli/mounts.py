@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from cidfs.cli.common import GLOBALS
+from cidfs.cli.output import say
 from cidfs.errors import UsageError
 from cidfs.mount import session
 
@@ -48,10 +49,13 @@ def mount(
         list_root=settings.mount.list_root if list_root is None else list_root,
         lock_timeout=timeout,
     )
+    is_new = not (plan.state / "format").exists()
     if foreground:
         background.run_in_foreground(plan)
     else:
         background.start(plan)
+        if is_new:
+            say(f"cidfs: {plan.state}: no store was here; made an empty one")
 
 
 def umount(

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cidfs.cli.common import GLOBALS, published
+from cidfs.cli.common import GLOBALS, cid, published, store_path
 from cidfs.cli.output import ingest_progress, result, say, steps_progress
 from cidfs.engine.sources import DiskSource, NarSource
 from cidfs.engine.wanted import Wanted
-from cidfs.errors import CidfsError, Conflict, Damaged, FormatError, SourceError, UsageError
-from cidfs.formats.digest import parse_sha256
+from cidfs.errors import CidfsError, Conflict, Damaged, FormatError, PathAbsent, SourceError, UsageError
+from cidfs.formats.digest import looks_like_cid, parse_sha256
 from cidfs.formats.store_path import StorePath, check_name, parse_store_path
 from cidfs.local.publish import Published
 from cidfs.local.state import StateFolder
@@ -63,7 +63,7 @@ def _ingest(
 
 
 def add(
-    paths: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Directories, files or symlinks.")],
+    paths: Annotated[list[Path], typer.Argument(metavar="DIR", help="Directories, files or symlinks.")],
     name: Annotated[
         str | None, typer.Option(help="The name in the store path; by default the last component of DIR.")
     ] = None,
@@ -91,7 +91,7 @@ def import_(
     paths: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="PATH...", help="Store paths (absolute or base names); - for a NAR on standard input."
+            metavar="PATH", help="Store paths (absolute or base names); - for a NAR on standard input."
         ),
     ] = None,
     source: Annotated[
@@ -136,18 +136,11 @@ def import_(
 
     # closed before anything is read: a reader of its database keeps Nix from tidying up its log
     with NixDatabase(Path(source).absolute(), store_dir) as database:
-        asked = list(database.all_paths()) if everything else [_store_path(t, store_dir) for t in texts]
+        asked = list(database.all_paths()) if everything else [store_path(t, store_dir) for t in texts]
         ordered = database.ordered(asked, closure=closure or everything)
     wanted = [_wanted(database.physical(valid.path), valid) for valid in ordered]
     with GLOBALS.open_store(write=True, create=True) as store:
         _ingest(store, wanted, asked_for=set(asked), keep_going=everything)
-
-
-def _store_path(text: str, store_dir: str) -> StorePath:
-    try:
-        return parse_store_path(text, store_dir)
-    except FormatError as e:
-        raise UsageError(str(e)) from None
 
 
 def _wanted(where: Path, valid: ValidPath) -> Wanted:
@@ -192,7 +185,11 @@ def _stdin_read(count: int) -> bytes:
 
 def verify(
     paths: Annotated[
-        list[str] | None, typer.Argument(metavar="[PATH...]", help="Store paths; none: the whole store.")
+        list[str] | None,
+        typer.Argument(
+            metavar="PATH",
+            help="Store paths or manifests' CIDs; none: the whole store.",
+        ),
     ] = None,
 ) -> None:
     """Check what is stored: every frame, every manifest, every NAR hash, index against journal.
@@ -206,17 +203,29 @@ def verify(
     with GLOBALS.open_store() as store, steps_progress() as steps:
         chosen = None
         if paths:
-            named = [_store_path(t, store.store_dir) for t in paths]
-            chosen = [PublishedPath(p, published(store, p)) for p in named]
+            chosen = [p for text in paths for p in _named(store, text)]
         report = trio.run(check, store, chosen, steps)
     for line in report.problems:
         result(line)
     if report.problems:
         raise Damaged(
-            f"{store.state.root}: {len(report.problems)} problems found in {report.paths} store paths"
+            f"{store.state.root}: {len(report.problems)} problems found; {report.paths} store paths were read"
         )
     scope = f"{report.packs} packs with {report.frames} frames and " if chosen is None else ""
-    say(f"verified {scope}{report.paths} store paths: all is well")
+    paths_text = "1 store path" if report.paths == 1 else f"{report.paths} store paths"
+    say(f"verified {scope}{paths_text}: all is well")
+
+
+def _named(store: LocalStore, text: str) -> list[PublishedPath]:
+    """Return the published path that an argument names, or those with a manifest."""
+    if not looks_like_cid(text):
+        path = store_path(text, store.store_dir)
+        return [PublishedPath(path, published(store, path))]
+    digest = cid(text)
+    found = [p for p in store.paths() if p.row.manifest == digest]
+    if not found:
+        raise PathAbsent(f"{text}: no store path at {store.state.root} has this manifest")
+    return found
 
 
 def rebuild(

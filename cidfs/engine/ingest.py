@@ -273,9 +273,11 @@ class _Ingest:
         if place is None:
             place = self._new_manifests[digest] = self._manifests.append(digest, *encode(raw), len(raw))
         path, ca = wanted.path, wanted.ca
-        if path is None:
-            path = fixed_output_path(nar_hash, wanted.name, self._store.store_dir)
-            ca = fixed_output_ca(nar_hash)
+        of_contents = fixed_output_path(
+            nar_hash, path.name if path is not None else wanted.name, self._store.store_dir
+        )
+        if path is None or (path == of_contents and not ca):
+            path, ca = of_contents, fixed_output_ca(nar_hash)
         rec = Record(
             store_dir=self._store.store_dir,
             path=path,

@@ -103,12 +103,12 @@ def parse_sha256(text: str) -> bytes:
     try:
         if len(body) == 44:
             digest = base64.b64decode(body, validate=True)
-        elif len(body) == 64 and not sri and body.isalnum():  # fromhex would skip white space
+        elif len(body) == 64 and not sri:
             digest = bytes.fromhex(body)
         elif len(body) == 52 and not sri:
             digest = nix32_decode(body, 32)
     except ValueError:
         pass
-    if len(digest) == 32:
+    if len(digest) == 32:  # fromhex skips white space, and 44 digits of base64 are 31 to 33 bytes
         return digest
     raise FormatError(f"not a SHA-256 hash: {text[:100]!r}")

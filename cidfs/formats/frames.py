@@ -149,9 +149,6 @@ def scan(data: bytes | memoryview, start: int = 0) -> Iterator[Found | Gap]:
             break
         try:
             header = read_header(raw, at)
-            end = at + header.size
-            if end > len(raw):
-                raise FormatError("frame: cut short")
             found = Found(at, header, read_data(raw, header, at))
         except FormatError:
             at += 1
@@ -160,6 +157,6 @@ def scan(data: bytes | memoryview, start: int = 0) -> Iterator[Found | Gap]:
             yield Gap(bad, at)
         if header.kind in MAX_LENGTH:
             yield found
-        at = bad = end
+        at = bad = at + header.size
     if bad < len(raw):
         yield Gap(bad, len(raw))

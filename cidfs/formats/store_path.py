@@ -72,6 +72,8 @@ def parse_base_name(text: str) -> StorePath:
 def parse_store_path(text: str, store_dir: str = DEFAULT_STORE_DIR) -> StorePath:
     """Return the store path of an absolute path in store_dir, or of a base name."""
     if text.startswith("/"):
+        if text.rstrip("/") == store_dir:
+            raise FormatError(f"{text!r} is the store directory; name a path in it")
         if not text.startswith(store_dir + "/"):
             raise FormatError(f"{text!r} is not in the store directory {store_dir}")
         text = text[len(store_dir) + 1 :].rstrip("/")

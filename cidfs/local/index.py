@@ -50,7 +50,7 @@ def _open_environment(path: Path, *, write: bool, sync: bool) -> lmdb.Environmen
                 sync=sync,
                 metasync=sync,
             )
-        except MemoryError:
+        except (MemoryError, lmdb.MemoryError):
             if size <= 1 << 30:
                 raise
             size //= 2  # a limit on address space

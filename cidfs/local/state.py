@@ -96,7 +96,7 @@ class StateFolder:
             raw = (root / "format").read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             raise StoreAbsent(
-                f"{root}: no store here; make one with `cidfs --state {root} add`, or name another"
+                f"{root}: no store here; make one with `cidfs --state {root} add DIR`, or name another"
             ) from None
         except PermissionError:
             raise NotPermitted(f"{root}: permission denied; run as the owner of the store") from None
