@@ -49,13 +49,16 @@ def options(
         Path | None,
         typer.Option(
             envvar="CIDFS_STATE",
+            readable=False,
             help="The state folder: where the store is kept. Default: /var/lib/cidfs for root,"
             " ~/.local/state/cidfs for others.",
         ),
     ] = None,
     config: Annotated[
         Path | None,
-        typer.Option(envvar="CIDFS_CONFIG", help="A TOML file with settings. Default: /etc/cidfs.toml."),
+        typer.Option(
+            envvar="CIDFS_CONFIG", readable=False, help="A TOML file with settings. Default: /etc/cidfs.toml."
+        ),
     ] = None,
     lock_timeout: Annotated[
         float | None,
@@ -99,6 +102,10 @@ def run() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = code or CLOSED_PIPE_EXIT
+    except OSError as e:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        say(f"cidfs: standard output: {e.strerror}")
+        code = code or 1
     sys.exit(code)
 
 

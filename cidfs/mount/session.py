@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import logging
 import os
 import shutil
 import subprocess
@@ -20,6 +21,8 @@ from typing import Final
 from urllib.parse import quote, unquote_to_bytes
 
 from cidfs.errors import MountFailed, MountPointAbsent, MountPointBusy, NotPermitted
+
+log = logging.getLogger(__name__)
 
 FILE_SYSTEM_TYPE: Final = "fuse.cidfs"
 READ_AHEAD_KIB: Final = 1024
@@ -197,7 +200,13 @@ def isolate(mountpoint: Path, state: Path, store_dir: str) -> Isolation | None:
         return None
     host = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
     _call(_libc.unshare(_CLONE_NEWNS), "unshare")
-    _call(_libc.mount(None, b"/", None, ctypes.c_ulong(_MS_REC | _MS_SLAVE), None), "mount --make-rslave /")
+    if _libc.mount(None, b"/", None, ctypes.c_ulong(_MS_REC | _MS_SLAVE), None) != 0:
+        # a plain chroot: its root is no mount point. What is not parted from the host's mounts must not be
+        # unmounted here
+        log.warning("/ is not a mount point: staying in the namespace of the host")
+        _call(_libc.setns(host, _CLONE_NEWNS), "setns")
+        os.close(host)
+        return None
     _call(_libc.umount2(os.fsencode(mountpoint), _MNT_DETACH), f"umount {mountpoint}")
     _let_go({str(state), sys.prefix, sys.base_prefix, *sys.path})
     if os.path.isdir(store_dir):
