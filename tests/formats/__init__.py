@@ -1,0 +1,1 @@
+"""Tests of the formats floor: committed vectors, properties, and hostile bytes."""
