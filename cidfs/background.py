@@ -108,12 +108,12 @@ def _child(plan: daemon.MountPlan, writing: int) -> NoReturn:
         daemon.run(plan, ready)
     except CidfsError as e:
         kind = next((c.__name__ for c in type(e).__mro__ if c in errors.EXIT_CODES), "CidfsError")
-        if log.exists():
+        if os.path.exists(log):
             logging.error("%s", e)
         report(kind, str(e))
         code = errors.exit_code(e)
     except BaseException as e:
-        if log.exists():
+        if os.path.exists(log):
             logging.exception("the daemon ended in a way that was not foreseen")
         report("MountFailed", f"{plan.mountpoint}: {type(e).__name__}: {e}")
         code = 70

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +15,9 @@ from cidfs.mount import session
 
 
 def mount(
-    mountpoint: Annotated[Path, typer.Argument(metavar="MOUNTPOINT", help="An existing folder.")],
+    mountpoint: Annotated[
+        Path, typer.Argument(metavar="MOUNTPOINT", readable=False, help="An existing folder.")
+    ],
     foreground: Annotated[
         bool,
         typer.Option("--foreground", help="Stay, and log to standard error; tells systemd when it is ready."),
@@ -49,7 +52,7 @@ def mount(
         list_root=settings.mount.list_root if list_root is None else list_root,
         lock_timeout=timeout,
     )
-    is_new = not (plan.state / "format").exists()
+    is_new = not os.path.exists(plan.state / "format")  # or out of reach: the start says so
     if foreground:
         background.run_in_foreground(plan)
     else:
@@ -59,7 +62,9 @@ def mount(
 
 
 def umount(
-    mountpoint: Annotated[Path, typer.Argument(metavar="MOUNTPOINT", help="Where cidfs is mounted.")],
+    mountpoint: Annotated[
+        Path, typer.Argument(metavar="MOUNTPOINT", readable=False, help="Where cidfs is mounted.")
+    ],
     lazy: Annotated[
         bool,
         typer.Option(

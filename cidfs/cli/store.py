@@ -63,7 +63,9 @@ def _ingest(
 
 
 def add(
-    paths: Annotated[list[Path], typer.Argument(metavar="DIR", help="Directories, files or symlinks.")],
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="DIR", readable=False, help="Directories, files or symlinks.")
+    ],
     name: Annotated[
         str | None, typer.Option(help="The name in the store path; by default the last component of DIR.")
     ] = None,

@@ -7,6 +7,7 @@ Refs. Synchronous.
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import sqlite3
 import tempfile
@@ -60,16 +61,17 @@ class NixDatabase:
             )
         with self.path.open("rb") as file:
             with_log = file.read(20)[18:19] == b"\x02"
-        try:
-            # without a write-ahead log, Nix excludes others by a file beside the database, as we must then
-            return self._open(self.path, "mode=ro" if with_log else "mode=ro&vfs=unix-dotfile")
-        except sqlite3.OperationalError:
-            # both need to write beside the database; on a read-only medium nobody does: work on a copy
-            folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="cidfs-nix-db-")))
-            for suffix in ("", "-wal", "-journal"):
-                with contextlib.suppress(FileNotFoundError):
-                    shutil.copyfile(f"{self.path}{suffix}", folder / f"db.sqlite{suffix}")
-            return self._open(folder / "db.sqlite", "mode=rw")
+        # without a write-ahead log, Nix excludes others by a file beside the database, as we must then; where
+        # none can be made, SQLite would take that for a lock and wait
+        if with_log or os.access(self.path.parent, os.W_OK):
+            with contextlib.suppress(sqlite3.OperationalError):
+                return self._open(self.path, "mode=ro" if with_log else "mode=ro&vfs=unix-dotfile")
+        # both need to write beside the database; on a read-only medium nobody does: work on a copy
+        folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="cidfs-nix-db-")))
+        for suffix in ("", "-wal", "-journal"):
+            with contextlib.suppress(FileNotFoundError):
+                shutil.copyfile(f"{self.path}{suffix}", folder / f"db.sqlite{suffix}")
+        return self._open(folder / "db.sqlite", "mode=rw")
 
     def _open(self, path: Path, mode: str) -> sqlite3.Connection:
         db = sqlite3.connect(f"{path.absolute().as_uri()}?{mode}", uri=True, timeout=BUSY_SECONDS)
@@ -128,7 +130,11 @@ class NixDatabase:
 
     def all_paths(self) -> Iterator[StorePath]:
         """Yield every valid path."""
-        for (text,) in self._db.execute("select path from ValidPaths order by path").fetchall():
+        try:
+            rows = self._db.execute("select path from ValidPaths order by path").fetchall()
+        except sqlite3.Error as e:
+            raise SourceError(f"{self.path}: cannot be read: {e}") from e
+        for (text,) in rows:
             yield parse_store_path(text, self.store_dir)
 
     def ordered(self, paths: Sequence[StorePath], *, closure: bool) -> list[ValidPath]:

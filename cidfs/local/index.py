@@ -282,6 +282,11 @@ class WriteTxn(ReadTxn):
             packs.append(pack)
         self.put("meta", key, b"".join(packs[-MAX_OPEN_PACKS:]))
 
+    def drop_pack(self, pack: bytes) -> None:
+        """Forget a pack of which no place is left."""
+        self._packs.pop(pack, None)
+        self.delete("packs", pack)
+
     def settle(self) -> None:
         """Bring the counts up to date; the last act before the commit."""
         for pack, (kind, stored, length, frames) in self._packs.items():

@@ -15,18 +15,20 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
-from cidfs.errors import CidfsError, FormatError, IndexLost, JournalLoss, StoreVersion
+from cidfs.errors import CidfsError, FormatError, IndexLost, JournalLoss
 from cidfs.formats import frames, journal, pack, record
 from cidfs.formats.manifest import EXECUTABLE, FILE, Manifest
 from cidfs.local import tables
 from cidfs.local.files import disk_errors, sync_folder
-from cidfs.local.index import Index, WriteTxn, lengthen
+from cidfs.local.index import Index, ReadTxn, WriteTxn, lengthen
 from cidfs.local.journal import Journal, Replay
 from cidfs.local.packs import PackReader
 from cidfs.local.rows import PACK_ID_SIZE, Place
 from cidfs.local.state import FIRST_INODE, PACK_KINDS, StateFolder
+
+T = TypeVar("T")
 
 ROWS_A_TRANSACTION: Final = 20_000
 ENTRIES_A_TRANSACTION: Final = 2_000
@@ -190,7 +192,7 @@ class _Rebuild:
 
     def _finish(self, index: Index, accept_loss: bool) -> int:
         """Bring the new index up to what is true now; return its number."""
-        old_next_serial = self._append_old_pending()
+        self._append_old_pending()
         for identity, seen in list(self._seen.items()):
             if not seen.path.exists():
                 self._forget(index, identity)
@@ -200,8 +202,7 @@ class _Rebuild:
                 self._scan(index, identity, kind, path)
         replay = self._journal.replay()
         self._report.problems += replay.damage
-        replay.missing += range(replay.next_serial, old_next_serial)  # lost at the journal's end
-        replay.next_serial = max(replay.next_serial, old_next_serial)
+        self._fill_gaps(replay)
         if replay.missing and not accept_loss:
             shown = ", ".join(str(s) for s in replay.missing[:10])
             raise JournalLoss(
@@ -233,29 +234,46 @@ class _Rebuild:
             live, replay.next_serial, next_base, above=max(numbers, default=0)
         )
 
-    def _append_old_pending(self) -> int:
-        """Say again what the index in use has committed and the journal may not have.
+    def _ask_old_index(self, question: Callable[[ReadTxn], T]) -> T | None:
+        """Return what the index in use says, or None where it cannot be read: the journal is all there is.
 
-        Return the index's next serial, or 0 where it cannot be read: the journal is all there is then.
+        One of another schema is refused, for what its version keeps in it is not known here.
         """
         try:
             number = self._state.current_index()
             folder = self._state.root / "index" / str(number)
             lengthen(folder)
             old = Index(folder, number, write=False)
-        except (IndexLost, StoreVersion):
-            return 0
+        except IndexLost:
+            return None
         try:
             with old.read() as txn:
-                pending = [raw for _, raw in txn.rows("pending") if raw is not None]
-                next_serial = txn.number("next-serial")
+                return question(txn)
         except IndexLost:
-            return 0
+            return None
         finally:
             old.close()
+
+    def _append_old_pending(self) -> None:
+        """Say again what the index in use has committed and the journal may not have."""
+        pending = self._ask_old_index(lambda txn: [raw for _, raw in txn.rows("pending") if raw is not None])
         if pending:
             self._journal.append(pending)
-        return next_serial
+
+    def _fill_gaps(self, replay: Replay) -> None:
+        """Take what lost entries of the journal came to from the index in use, if that is whole."""
+        next_serial = self._ask_old_index(lambda txn: txn.number("next-serial")) or 0
+        next_base = self._ask_old_index(lambda txn: txn.number("next-base")) or 0
+        replay.missing += range(replay.next_serial, next_serial)  # lost at the journal's end
+        published = self._ask_old_index(tables.publications) if replay.missing else None
+        if published is not None and next_serial >= replay.next_serial:
+            self._report.problems += [
+                f"journal: serial {s} is lost; the index still knew what it came to" for s in replay.missing
+            ]
+            replay.entries = {entry.serial: entry for entry in published}
+            replay.missing = []
+            replay.next_base = max(replay.next_base, next_base)
+        replay.next_serial = max(replay.next_serial, next_serial)
 
     def _forget(self, index: Index, identity: bytes) -> None:
         """Drop the rows of a pack that a collection took away meanwhile; another copy takes their place."""
@@ -270,7 +288,7 @@ class _Rebuild:
                         if where == database and place.pack != identity and place.pack in self._seen:
                             txn.put_place(database, digest, place)
                             break
-            txn.delete("packs", identity)
+            txn.drop_pack(identity)
 
     def _apply(self, index: Index, replay: Replay) -> list[journal.Publication]:
         """Replay the journal into the new index; return what is live, with its latest records."""

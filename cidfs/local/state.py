@@ -121,17 +121,17 @@ class StateFolder:
         with contextlib.suppress(StoreAbsent):
             return cls.open(root)
         with disk_errors(root, "make a store here"):
-            root.mkdir(parents=True, exist_ok=True)
+            try:
+                root.mkdir(parents=True, exist_ok=True)
+            except (FileExistsError, NotADirectoryError):
+                raise StoreAbsent(f"{root}: is not a folder; name another with --state") from None
+            _refuse_strangers(root)
         form = Format(version=VERSION, id=os.urandom(16).hex(), store_dir=store_dir, chunking=PARAMETERS)
         state = cls(root, form)
         with state.write_lock(lock_timeout):
             with contextlib.suppress(StoreAbsent):
                 return cls.open(root)
-            stray = [n for n in os.listdir(root) if n.partition(".tmp-")[0] not in _OUR_NAMES]
-            if stray:
-                raise StoreAbsent(
-                    f"{root}: not empty and no store ({stray[0]!r} is in it); name another with --state"
-                )
+            _refuse_strangers(root)
             if any(f.stat().st_size for f in root.glob("journal/*")):
                 raise StoreAbsent(f"{root}: a store that lost its file `format`; restore that from a backup")
             with disk_errors(root, "make a store here"):
@@ -275,7 +275,20 @@ class StateFolder:
                 raise LockTimeout(f"{temporary}: is locked by another process")
             write_all(fd, msgspec.json.encode(info), 0)
             os.rename(temporary, path)
+        self._drop_dead_leases()
         return Lease(path, fd, info)
+
+    def _drop_dead_leases(self) -> None:
+        """Take away what processes that were killed left: leases that nobody holds, and their sockets."""
+        for path in (self.root / "run").glob("*.lease"):
+            with contextlib.suppress(OSError):
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    if try_flock(fd, shared=True) and leads_to(path, fd):
+                        path.with_suffix(".sock").unlink(missing_ok=True)
+                        path.unlink()
+                finally:
+                    os.close(fd)
 
     def leases(self) -> list[tuple[Path, LeaseInfo]]:
         """Return the leases whose holders live."""
@@ -298,6 +311,15 @@ class StateFolder:
 
 _OUR_NAMES: Final = {"write.lock", "next-inode", "journal", "packs", "index", "run", "format", "lost+found"}
 _LOCK_ADVICE: Final = "let it go on or end it, then try again"
+
+
+def _refuse_strangers(root: Path) -> None:
+    """Raise StoreAbsent when there is something in a folder that no store would put there."""
+    strange = sorted(n for n in os.listdir(root) if n.partition(".tmp-")[0] not in _OUR_NAMES)
+    if strange:
+        raise StoreAbsent(
+            f"{root}: not empty and no store ({strange[0]!r} is in it); name another with --state"
+        )
 
 
 def _holder(fd: int) -> str:

@@ -78,6 +78,21 @@ def _with_whole(row: PathRow, serial: int) -> PathRow:
     )
 
 
+def publications(txn: ReadTxn) -> list[journal.Publication] | None:
+    """Return what an index has published, as the journal would say it.
+
+    None when a row of it is lost or damaged.
+    """
+    found: list[journal.Publication] = []
+    for key, raw in txn.rows("paths"):
+        known = txn.get("records", key)
+        if raw is None or known is None:
+            return None
+        row = PathRow.unpack(raw)
+        found.append(journal.Publication(row.serial, row.base, row.count, row.flags, known))
+    return found if len(found) == txn.number("count:paths") else None
+
+
 def referrers(txn: ReadTxn, hash_part: bytes) -> list[bytes]:
     """Return the hash parts of the published paths that refer to a path, itself left out."""
     found = []

@@ -46,6 +46,7 @@ class MountInfo:
     mountpoint: str
     type: str
     source: str
+    options: str
 
 
 def mounts() -> list[MountInfo]:
@@ -54,7 +55,7 @@ def mounts() -> list[MountInfo]:
     for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
         before, _, after = line.partition(" - ")
         fields, rest = before.split(" "), after.split(" ")
-        found.append(MountInfo(fields[2], _unescape(fields[4]), rest[0], _unescape(rest[1])))
+        found.append(MountInfo(fields[2], _unescape(fields[4]), rest[0], *map(_unescape, rest[1:3])))
     return found
 
 
@@ -65,6 +66,25 @@ def mounted_at(mountpoint: Path) -> MountInfo | None:
         if info.mountpoint == str(mountpoint):
             here = info
     return here
+
+
+def overlays_above(mountpoint: Path) -> list[str]:
+    """Return where the overlays are mounted that have a folder, or one in it, among their lower layers.
+
+    The kernel does not call a lower layer busy: taking it down leaves a file system that nobody can reach.
+    """
+    inside = f"{mountpoint}/"
+    found = []
+    for info in mounts():
+        layers = [
+            layer
+            for option in info.options.split(",")
+            if info.type == "overlay" and option.startswith("lowerdir")
+            for layer in option.partition("=")[2].split(":")
+        ]
+        if any(f"{layer}/".startswith(inside) for layer in layers):
+            found.append(info.mountpoint)
+    return found
 
 
 def source_of(info: MountInfo) -> Path:
@@ -252,6 +272,11 @@ def unmount(mountpoint: Path, *, lazy: bool) -> None:
             else f"a file system of type {info.type} is mounted there"
         )
         raise MountPointAbsent(f"{mountpoint}: no cidfs mount ({what})")
+    above = overlays_above(mountpoint)
+    if above and not lazy:
+        raise MountPointBusy(
+            f"{mountpoint}: the overlay at {above[0]} stands on it; take that down first, or use --lazy"
+        )
     if os.geteuid() == 0:
         if _libc.umount2(os.fsencode(mountpoint), _MNT_DETACH if lazy else 0) == 0:
             return

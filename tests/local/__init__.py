@@ -1,0 +1,1 @@
+"""The floor that keeps this machine's disk: state folder, index, packs, journal, publishing, rebuild."""
