@@ -15,7 +15,7 @@ from typing import Final, Protocol
 from cidfs.errors import FormatError, SourceError
 from cidfs.formats import nar
 from cidfs.formats.chunking import MINIMUM, Cutter, cut, cut_stream
-from cidfs.formats.manifest import ManifestBuilder
+from cidfs.formats.manifest_builder import ManifestBuilder
 
 BATCH_BYTES: Final = 1 << 20
 BATCH_CHUNKS: Final = 256

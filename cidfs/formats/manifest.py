@@ -14,7 +14,7 @@ contiguous, and sorted bytewise. size: bytes of a file or of a target, else 0. f
 directory, chunks of a file, offset of a symlink's target and 0. Chunks stand in node order, each file's own.
 Same tree, same bytes, same CID.
 
-Pure. `Manifest` is immutable and safe for several threads; `ManifestBuilder` belongs to one.
+Pure. `Manifest` is immutable and safe for several threads. `manifest_builder` makes the bytes.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from cidfs.formats.nar import MAX_DEPTH, MAX_TARGET, check_entry_name
 
 MAGIC: Final = b"cidfsmf1"
 MAX_NODES: Final = 1 << 24
-_HEADER: Final = struct.Struct("<8sIIIIQ")
-_NODE: Final = struct.Struct("<IHBBQIIII")
-_CHUNK: Final = struct.Struct("<32sQ")
-_END: Final = struct.Struct("<Q")
-NODE_SIZE: Final = _NODE.size
+HEADER: Final = struct.Struct("<8sIIIIQ")
+NODE_ROW: Final = struct.Struct("<IHBBQIIII")
+CHUNK_ROW: Final = struct.Struct("<32sQ")
+END_OFFSET: Final = struct.Struct("<Q")
+NODE_SIZE: Final = NODE_ROW.size
 _TYPE_AT: Final = 6  # within a row
-ENTRY_SIZE: Final = _CHUNK.size
+ENTRY_SIZE: Final = CHUNK_ROW.size
 
 DIRECTORY: Final = 1
 FILE: Final = 2
@@ -86,10 +86,12 @@ def decode_node(row: bytes | memoryview, offset: int = 0) -> Node:
     """
     if len(row) - offset < NODE_SIZE:
         raise FormatError(f"manifest: {len(row) - offset} bytes where a node's row stands")
-    name_offset, name_length, kind, zero, size, first, count, parent, zero2 = _NODE.unpack_from(row, offset)
+    name_offset, _name_length, kind, zero, size, first, count, parent, zero2 = NODE_ROW.unpack_from(
+        row, offset
+    )
     if kind not in MODES or zero or zero2:
         raise FormatError(f"manifest: node row with type {kind} at offset {offset}")
-    return Node(name_offset, name_length, kind, size, first, count, parent)
+    return Node(name_offset, length, kind, size, first, count, parent)
 
 
 class Manifest:
@@ -102,9 +104,9 @@ class Manifest:
     __slots__ = ("_chunks_at", "_data", "_names_at", "chunk_count", "node_count", "total_size")
 
     def __init__(self, data: bytes) -> None:
-        if len(data) < _HEADER.size:
+        if len(data) < HEADER.size:
             raise FormatError(f"manifest: {len(data)} bytes are too few for a header")
-        magic, nodes, chunks, names, zero, total = _HEADER.unpack_from(data)
+        magic, nodes, chunks, names, zero, total = HEADER.unpack_from(data)
         if magic != MAGIC or zero:
             raise FormatError("manifest: no magic, or reserved bytes set")
         if not 0 < nodes <= MAX_NODES or len(data) > MAX_MANIFEST:
@@ -113,7 +115,7 @@ class Manifest:
         self.node_count: int = nodes
         self.chunk_count: int = chunks
         self.total_size: int = total
-        self._chunks_at = _HEADER.size + nodes * NODE_SIZE
+        self._chunks_at = HEADER.size + nodes * NODE_SIZE
         self._names_at = self._chunks_at + chunks * ENTRY_SIZE
         if len(data) != self._names_at + names:
             raise FormatError(f"manifest: {len(data)} bytes where its header says {self._names_at + names}")
@@ -123,20 +125,20 @@ class Manifest:
 
     def count_of(self, kind: int) -> int:
         """Return how many nodes are of a type."""
-        return self._data[_HEADER.size + _TYPE_AT : self._chunks_at : NODE_SIZE].count(kind)
+        return self._data[HEADER.size + _TYPE_AT : self._chunks_at : NODE_SIZE].count(kind)
 
     def row(self, index: int) -> bytes:
         """Return the 32 bytes of a node's row."""
         if not 0 <= index < self.node_count:
             raise FormatError(f"manifest: node {index} of {self.node_count}")
-        at = _HEADER.size + index * NODE_SIZE
+        at = HEADER.size + index * NODE_SIZE
         return self._data[at : at + NODE_SIZE]
 
     def node(self, index: int) -> Node:
         """Return a node by its position."""
         if not 0 <= index < self.node_count:
             raise FormatError(f"manifest: node {index} of {self.node_count}")
-        return decode_node(self._data, _HEADER.size + index * NODE_SIZE)
+        return decode_node(self._data, HEADER.size + index * NODE_SIZE)
 
     def _names(self, offset: int, length: int) -> bytes:
         start = self._names_at + offset
@@ -168,7 +170,7 @@ class Manifest:
         data, names_at, unpack = self._data, self._names_at, _NAME.unpack_from
         while low < high:
             middle = (low + high) >> 1
-            offset, length = unpack(data, _HEADER.size + middle * NODE_SIZE)
+            offset, length = unpack(data, HEADER.size + middle * NODE_SIZE)
             at = names_at + offset
             here = data[at : at + length]
             if here < name:
@@ -183,7 +185,7 @@ class Manifest:
         """Return digest and end offset of a row of the chunk table."""
         if not 0 <= index < self.chunk_count:
             raise FormatError(f"manifest: chunk {index} of {self.chunk_count}")
-        digest, end = _CHUNK.unpack_from(self._data, self._chunks_at + index * ENTRY_SIZE)
+        digest, end = CHUNK_ROW.unpack_from(self._data, self._chunks_at + index * ENTRY_SIZE)
         return digest, end
 
     def spans(self, node: Node, offset: int = 0, size: int | None = None) -> Iterator[ChunkSpan]:
@@ -198,13 +200,15 @@ class Manifest:
         low = 0
         if offset:
             low = bisect_right(
-                range(node.count), offset, key=lambda i: _END.unpack_from(data, base + i * ENTRY_SIZE)[0]
+                range(node.count),
+                offset,
+                key=lambda i: END_OFFSET.unpack_from(data, base + i * ENTRY_SIZE)[0],
             )
-        start = _END.unpack_from(data, base + (low - 1) * ENTRY_SIZE)[0] if low else 0
+        start = END_OFFSET.unpack_from(data, base + (low - 1) * ENTRY_SIZE)[0] if low else 0
         while start < stop:
             if low >= node.count:
                 raise FormatError("manifest: chunks end before their file")
-            digest, end = _CHUNK.unpack_from(data, base - 32 + low * ENTRY_SIZE)
+            digest, end = CHUNK_ROW.unpack_from(data, base - 32 + low * ENTRY_SIZE)
             if not start < end <= start + MAXIMUM:
                 raise FormatError("manifest: a chunk of impossible length")
             yield ChunkSpan(digest, start, end)
@@ -320,128 +324,3 @@ class Manifest:
 
 
 _NAME: Final = struct.Struct("<IH")
-
-
-class ManifestBuilder:
-    """Take the nodes of a tree in NAR order (depth first, entries sorted) and encode them.
-
-    Digests come separately and later than nodes, in the same order: compression runs behind reading. About 60
-    bytes of memory a node and 40 a chunk.
-    """
-
-    def __init__(self) -> None:
-        self._types = bytearray()
-        self._parents = array("I")
-        self._sizes = array("Q")
-        self._names = bytearray()
-        self._name_ends = array("Q")
-        self._targets: dict[int, bytes] = {}
-        self._first_chunk = array("Q")
-        self._chunk_counts = array("I")
-        self._ends = array("Q")
-        self.digests = bytearray()
-        self._open: list[int] = []
-        self._by_depth: list[array[int]] = []
-
-    @property
-    def node_count(self) -> int:
-        """How many nodes there are so far."""
-        return len(self._types)
-
-    @property
-    def chunk_count(self) -> int:
-        """How many chunks the files so far refer to."""
-        return len(self._ends)
-
-    def _add(self, kind: int, name: bytes, size: int) -> int:
-        index = len(self._types)
-        if index >= MAX_NODES:
-            raise FormatError(f"more than {MAX_NODES} files and directories in one store path")
-        depth = len(self._open)
-        if depth > MAX_DEPTH:
-            raise FormatError(f"directories nested deeper than {MAX_DEPTH}")
-        if depth == len(self._by_depth):
-            self._by_depth.append(array("I"))
-        self._by_depth[depth].append(index)
-        self._types.append(kind)
-        self._parents.append(self._open[-1] if self._open else 0)
-        self._sizes.append(size)
-        self._names += name
-        self._name_ends.append(len(self._names))
-        self._first_chunk.append(len(self._ends))
-        self._chunk_counts.append(0)
-        return index
-
-    def enter(self, name: bytes) -> None:
-        """A directory begins."""
-        self._open.append(self._add(DIRECTORY, name, 0))
-
-    def leave(self) -> None:
-        """The directory that was entered last ends."""
-        self._open.pop()
-
-    def symlink(self, name: bytes, target: bytes) -> None:
-        """A symlink."""
-        if not 0 < len(target) <= MAX_TARGET:
-            raise FormatError(f"a symlink's target of {len(target)} bytes")
-        self._targets[self._add(SYMLINK, name, len(target))] = target
-
-    def file(self, name: bytes, executable: bool) -> None:
-        """A file begins; chunk() follows for each of its chunks."""
-        self._add(EXECUTABLE if executable else FILE, name, 0)
-
-    def chunk(self, length: int) -> None:
-        """The next chunk of the file that was begun last; its digest goes into `digests` when it is known."""
-        self._sizes[-1] += length
-        self._ends.append(self._sizes[-1])
-        self._chunk_counts[-1] += 1
-
-    def encode(self) -> bytes:
-        """Return the manifest's bytes; raise FormatError when it would be too large."""
-        count = len(self._types)
-        whole = _HEADER.size + count * NODE_SIZE + len(self._ends) * ENTRY_SIZE + len(self._names)
-        whole += sum(map(len, self._targets.values()))
-        if whole > MAX_MANIFEST:
-            raise FormatError(
-                f"a manifest of {whole} bytes is larger than {MAX_MANIFEST}: split the store path"
-            )
-        if len(self.digests) != 32 * len(self._ends):
-            raise FormatError(f"manifest: {len(self.digests)} bytes of digests for {len(self._ends)} chunks")
-        order: array[int] = array("I")
-        for level in self._by_depth:  # breadth first is depth first, stably sorted by depth
-            order.extend(level)
-        place = array("I", bytes(4 * count))
-        for position, index in enumerate(order):
-            place[index] = position
-        first_child = array("I", bytes(4 * count))
-        children = array("I", bytes(4 * count))
-        for position, index in enumerate(order):
-            if index:
-                parent = self._parents[index]
-                if not children[parent]:
-                    first_child[parent] = position
-                children[parent] += 1
-        rows, names, entries = bytearray(), bytearray(), bytearray()
-        chunks = total = 0
-        for index in order:
-            kind, size = self._types[index], self._sizes[index]
-            name_start = self._name_ends[index - 1] if index else 0
-            name = self._names[name_start : self._name_ends[index]]
-            name_offset = len(names)
-            names += name
-            first = counted = 0
-            if kind == DIRECTORY:
-                first, counted = first_child[index], children[index]
-            elif kind == SYMLINK:
-                first = len(names)
-                names += self._targets[index]
-            else:
-                counted = self._chunk_counts[index]
-                first = chunks if counted else 0
-                chunks += counted
-                total += size
-                for i in range(self._first_chunk[index], self._first_chunk[index] + counted):
-                    entries += self.digests[32 * i : 32 * i + 32] + _END.pack(self._ends[i])
-            parent = place[self._parents[index]]
-            rows += _NODE.pack(name_offset, len(name), kind, 0, size, first, counted, parent, 0)
-        return b"".join((_HEADER.pack(MAGIC, count, chunks, len(names), 0, total), rows, entries, names))

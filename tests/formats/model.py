@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from cidfs.formats import manifest, nar
 from cidfs.formats.digest import digest_of
-from cidfs.formats.manifest import Manifest, ManifestBuilder
+from cidfs.formats.manifest import Manifest
+from cidfs.formats.manifest_builder import ManifestBuilder
 from cidfs.formats.nar import NarReader
 
 

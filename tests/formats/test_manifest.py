@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cidfs.errors import FormatError
-from cidfs.formats import manifest
+from cidfs.formats import manifest, manifest_builder
 from cidfs.formats.chunking import MAXIMUM, Cutter
 from cidfs.formats.digest import digest_of
 from cidfs.formats.manifest import (
@@ -23,10 +23,10 @@ from cidfs.formats.manifest import (
     NODE_SIZE,
     SYMLINK,
     Manifest,
-    ManifestBuilder,
     Node,
     decode_node,
 )
+from cidfs.formats.manifest_builder import ManifestBuilder
 from cidfs.formats.nar import MAX_DEPTH
 from tests.formats.make_vectors import MANIFEST_TREE, real_cut
 from tests.formats.model import (
@@ -477,16 +477,19 @@ def test_sizes_of_rows_are_those_of_the_format() -> None:
 
 
 def test_a_tree_of_too_many_nodes_is_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manifest, "MAX_NODES", 4)
+    for module in (manifest, manifest_builder):
+        monkeypatch.setattr(module, "MAX_NODES", 4)
     assert Manifest(manifest_of({b"a": File(b""), b"b": File(b""), b"c": File(b"")})[0]).node_count == 4
     with pytest.raises(FormatError, match="more than 4 files"):
         manifest_of({b"a": File(b""), b"b": File(b""), b"c": File(b""), b"d": File(b"")})
 
 
 def test_a_manifest_that_is_too_large_is_neither_built_nor_opened(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manifest, "MAX_MANIFEST", len(SAMPLE))
+    for module in (manifest, manifest_builder):
+        monkeypatch.setattr(module, "MAX_MANIFEST", len(SAMPLE))
     assert Manifest(manifest_of(SAMPLE_TREE)[0])
-    monkeypatch.setattr(manifest, "MAX_MANIFEST", len(SAMPLE) - 1)
+    for module in (manifest, manifest_builder):
+        monkeypatch.setattr(module, "MAX_MANIFEST", len(SAMPLE) - 1)
     with pytest.raises(FormatError, match=f"of {len(SAMPLE)} bytes is larger than"):
         manifest_of(SAMPLE_TREE)
     with pytest.raises(FormatError, match=f"in {len(SAMPLE)} bytes"):

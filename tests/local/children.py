@@ -149,8 +149,13 @@ def on_disk(
     pipe: Connection, root: Path, plan: Plan, action: Callable[..., None], args: Any, kwargs: Any
 ) -> None:
     """Do another action on a disk that may fail."""
+
+    def pause() -> None:
+        pipe.send("paused")
+        pipe.recv()
+
     os.urandom = few_urandom
-    disk = Disk(root, plan)
+    disk = Disk(root, plan, pause)
     disk.install()
     try:
         action(pipe, root, *args, **kwargs)
@@ -171,13 +176,17 @@ def create_inside(pipe: Connection, root: Path) -> None:
 
 
 def publish_groups(
-    pipe: Connection, root: Path, groups: Sequence[Sequence[Package]], inode_step: int | None = None
+    pipe: Connection,
+    root: Path,
+    groups: Sequence[Sequence[Package]],
+    inode_step: int | None = None,
+    lock_timeout: float = 30,
 ) -> None:
     """Publish groups, and report each that is done: (done, base by name)."""
     if inode_step is not None:
         module: Any = publish_module
         module.INODE_STEP = inode_step
-    with LocalStore.open(root, write=True) as store:
+    with LocalStore.open(root, write=True, lock_timeout=lock_timeout) as store:
         for group in groups:
             publish(store, *group)
             pipe.send(("done", {name: row_of(store, name).base for name in names(group)}))
@@ -190,9 +199,11 @@ def publish_and_die(pipe: Connection, root: Path, group: Sequence[Package]) -> N
     publish_groups(pipe, root, [group])
 
 
-def rebuild_it(pipe: Connection, root: Path, accept_loss: bool = False) -> None:
+def rebuild_it(
+    pipe: Connection, root: Path, accept_loss: bool = False, lock_timeout: float = 30
+) -> None:
     """Rebuild the index, and report the problems."""
-    report = rebuild(StateFolder.open(root), lock_timeout=30, accept_loss=accept_loss)
+    report = rebuild(StateFolder.open(root), lock_timeout=lock_timeout, accept_loss=accept_loss)
     pipe.send(("rebuilt", report.problems))
 
 

@@ -41,12 +41,13 @@ class _File:
 class Plan:
     """What is to go wrong.
 
-    kill_at: the step before which the process ends. fail_at: the sync that fails. lost: where to write what a
+    kill_at: the step before which the process ends; pause_at: before which it waits for others. fail_at: the sync that fails. lost: where to write what a
     power loss leaves, at that step or at the end; keep: the share of what was not synced that survives it.
     memory: a file that tells the disk of the next process what was not synced by this one.
     """
 
     kill_at: int = 0
+    pause_at: int = 0
     fail_at: int = 0
     lost: str = ""
     keep: float = 0.0
@@ -57,8 +58,9 @@ class Plan:
 class Disk:
     """The disk below one folder."""
 
-    def __init__(self, root: Path, plan: Plan) -> None:
+    def __init__(self, root: Path, plan: Plan, pause: Callable[[], None]) -> None:
         self.root = root
+        self._pause = pause
         self.plan = plan
         self.steps = 0
         self.syncs = 0
@@ -77,6 +79,8 @@ class Disk:
         """One more step; the last one when it is the one to be killed at."""
         self.steps += 1
         self.log.append(label)
+        if self.steps == self.plan.pause_at:
+            self._pause()
         if self.steps == self.plan.kill_at:
             self.end()
             os._exit(KILLED)

@@ -14,7 +14,8 @@ from pathlib import Path
 from cidfs.formats import nar
 from cidfs.formats.chunking import encode
 from cidfs.formats.digest import digest_of, nix32_encode
-from cidfs.formats.manifest import EXECUTABLE, FILE, Manifest, ManifestBuilder
+from cidfs.formats.manifest import EXECUTABLE, FILE, Manifest
+from cidfs.formats.manifest_builder import ManifestBuilder
 from cidfs.formats.record import Record
 from cidfs.formats.store_path import DEFAULT_STORE_DIR, StorePath
 from cidfs.local.index import Index
