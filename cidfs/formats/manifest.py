@@ -86,9 +86,8 @@ def decode_node(row: bytes | memoryview, offset: int = 0) -> Node:
     """
     if len(row) - offset < NODE_SIZE:
         raise FormatError(f"manifest: {len(row) - offset} bytes where a node's row stands")
-    name_offset, _name_length, kind, zero, size, first, count, parent, zero2 = NODE_ROW.unpack_from(
-        row, offset
-    )
+    fields = NODE_ROW.unpack_from(row, offset)
+    name_offset, length, kind, zero, size, first, count, parent, zero2 = fields
     if kind not in MODES or zero or zero2:
         raise FormatError(f"manifest: node row with type {kind} at offset {offset}")
     return Node(name_offset, length, kind, size, first, count, parent)
