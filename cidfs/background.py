@@ -19,11 +19,10 @@ import msgspec
 
 from cidfs import daemon, errors
 from cidfs.errors import CidfsError, MountFailed
-from cidfs.local.state import StateFolder
 from cidfs.mount import session
 
 START_SECONDS: Final = 120.0
-STOP_SECONDS: Final = 30.0
+STOP_SECONDS: Final = 15.0
 LOG_FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -131,22 +130,14 @@ def stop(mountpoint: Path, *, lazy: bool) -> None:
     """
     info = session.mounted_at(mountpoint)
     state = session.source_of(info) if info is not None else Path("/")
-    daemons = _daemons(state, mountpoint)
+    daemons = session.daemons_of(state, mountpoint)
     session.unmount(mountpoint, lazy=lazy)
     deadline = time.monotonic() + STOP_SECONDS
     pause = 0.005
-    while not lazy and daemons & _daemons(state, mountpoint):
+    while not lazy and daemons & session.daemons_of(state, mountpoint):
         if time.monotonic() > deadline:
             raise MountFailed(
                 f"{mountpoint}: unmounted, but its daemon (process {min(daemons)}) goes on; see its log"
             )
         time.sleep(pause)
         pause = min(2 * pause, 0.1)
-
-
-def _daemons(state: Path, mountpoint: Path) -> set[int]:
-    try:
-        leases = StateFolder.open(state).leases()
-    except CidfsError:
-        return set()
-    return {i.pid for _, i in leases if i.kind == "mount" and i.mountpoint == session.printable(mountpoint)}

@@ -108,14 +108,21 @@ class Store:
         if hook:
             command[1:3] = ["-c", f"{hook}\nfrom cidfs.cli.main import run\nrun()"]
         process = subprocess.Popen(
-            command, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(env)
+            command,
+            bufsize=0,  # a line can be read now, and the rest with finish()
+            stdin=stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment(env),
         )
         self.processes.append(process)
         return process
 
-    def finish(self, process: subprocess.Popen[bytes], code: int = 0) -> tuple[list[str], list[str]]:
+    def finish(
+        self, process: subprocess.Popen[bytes], code: int = 0, timeout: float = TIMEOUT
+    ) -> tuple[list[str], list[str]]:
         """Wait for a started command and return the lines of its standard output and standard error."""
-        out, err = process.communicate(timeout=TIMEOUT)
+        out, err = process.communicate(timeout=timeout)
         if process.returncode != code:
             raise Failed(f"{process.args!r}: exit code {process.returncode}, not {code}\n{err.decode()}")
         return out.decode().splitlines(), err.decode().splitlines()

@@ -25,10 +25,10 @@ CLOSED_PIPE_EXIT = 141
 app = typer.Typer(
     name="cidfs",
     help="A content-addressed, read-only Nix store: add to it, import a Nix store, mount it.",
-    epilog="Results go to standard output, all else to standard error. Exit codes: 0 done, 2 wrong use,"
-    " 3 unreadable source, 4 absent, 5 hash mismatch, 6 conflict, 7 malformed, 10 no store, 11 other version,"
-    " 12 index lost, 13 locked, 14 not permitted, 15 disk, 16 damaged, 17 journal lost, 18 chunk lost,"
-    " 20 mount failed, 21 mount point absent, 22 busy, 130 interrupted.",
+    epilog="Results go to standard output, all else to standard error. Exit codes: 0 done, 1 other,"
+    " 2 wrong use, 3 unreadable source, 4 absent, 5 hash mismatch, 6 conflict, 7 malformed, 10 no store,"
+    " 11 other version, 12 index lost, 13 locked, 14 not permitted, 15 disk, 16 damaged, 17 journal lost,"
+    " 18 chunk lost, 20 mount failed, 21 mount point absent, 22 busy, 130 interrupted.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -96,6 +96,7 @@ for _name, (_command, _short) in _COMMANDS.items():
 
 def run() -> None:
     """Run the command line and end the process with its exit code."""
+    _open_closed_descriptors()
     code = _run()
     try:
         sys.stdout.flush()
@@ -107,6 +108,19 @@ def run() -> None:
         say(f"cidfs: standard output: {e.strerror}")
         code = code or 1
     sys.exit(code)
+
+
+def _open_closed_descriptors() -> None:
+    """Put /dev/null where the caller has closed a standard descriptor, before any file gets its number."""
+    for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(fd)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != fd:
+                os.dup2(opened, fd)
+                os.close(opened)
+            setattr(sys, name, open(fd, mode, closefd=False))  # noqa: SIM115 (for the process's whole life)
 
 
 def _run() -> int:

@@ -16,7 +16,7 @@ from cidfs.mount import session
 
 def mount(
     mountpoint: Annotated[
-        Path, typer.Argument(metavar="MOUNTPOINT", readable=False, help="An existing folder.")
+        Path, typer.Argument(metavar="MOUNTPOINT", parser=Path, help="An existing folder.")
     ],
     foreground: Annotated[
         bool,
@@ -63,7 +63,7 @@ def mount(
 
 def umount(
     mountpoint: Annotated[
-        Path, typer.Argument(metavar="MOUNTPOINT", readable=False, help="Where cidfs is mounted.")
+        Path, typer.Argument(metavar="MOUNTPOINT", parser=Path, help="Where cidfs is mounted.")
     ],
     lazy: Annotated[
         bool,

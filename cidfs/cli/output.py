@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 def say(message: str) -> None:
     """Write a message for people, one line, to standard error."""
-    print(message, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # nowhere to say it; the exit code still does
+        print(message, file=sys.stderr, flush=True)
 
 
 def result(line: str) -> None:

@@ -64,7 +64,7 @@ def _ingest(
 
 def add(
     paths: Annotated[
-        list[Path], typer.Argument(metavar="DIR", readable=False, help="Directories, files or symlinks.")
+        list[Path], typer.Argument(metavar="DIR", parser=Path, help="Directories, files or symlinks.")
     ],
     name: Annotated[
         str | None, typer.Option(help="The name in the store path; by default the last component of DIR.")
@@ -121,15 +121,19 @@ def import_(
     """
     texts = paths or []
     if texts == ["-"]:
-        if everything or name is None:
-            raise UsageError("a NAR on standard input (-) needs --name, and no --all")
+        if everything:
+            raise UsageError("a NAR on standard input (-) is one path: leave out --all")
+        if name is None:
+            raise UsageError("a NAR on standard input (-) needs --name")
         _import_nar(name, nar_hash)
         return
     if "-" in texts:
         raise UsageError("- (a NAR on standard input) stands alone")
     if name is not None or nar_hash is not None:
         raise UsageError("--name and --nar-hash go with a NAR on standard input (-)")
-    if bool(texts) == everything:
+    if texts and everything:
+        raise UsageError("name the paths to import or say --all, not both")
+    if not texts and not everything:
         raise UsageError("name the paths to import, or --all")
     if "://" in source:
         raise UsageError(f"--from {source}: this version imports from the root folder of a Nix store only")

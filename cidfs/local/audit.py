@@ -5,6 +5,7 @@ Synchronous.
 
 from __future__ import annotations
 
+from cidfs.errors import FormatError
 from cidfs.formats import frames, journal, record
 from cidfs.local.journal import Journal
 from cidfs.local.store import LocalStore
@@ -36,7 +37,15 @@ def journal_differences(store: LocalStore) -> list[str]:
         with store.read() as txn:
             late = {e.serial for _, raw in txn.rows("pending") if raw is not None for e in _entries(raw)}
         indexed = {p.path.hash_part: p.row.serial for p in store.paths()}
+        base = store.next_base()
     lines = list(replay.damage)
+    try:
+        if store.state.inode_limit() < base:
+            lines.append(
+                f"{store.state.root}/next-inode: below the numbers that were given out; run `cidfs rebuild`"
+            )
+    except FormatError as e:
+        lines.append(str(e))
     lines += [f"journal: serial {s} is in no whole frame" for s in replay.missing if s not in late]
     for hash_part in sorted({*published, *indexed}):
         if published.get(hash_part, indexed.get(hash_part)) in late:

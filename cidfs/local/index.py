@@ -59,7 +59,15 @@ def _open_environment(path: Path, *, write: bool, sync: bool) -> lmdb.Environmen
                 raise NotPermitted(f"{path}: permission denied; run as the owner of the store") from e
             if "already open" in str(e):  # as a rule of LMDB, never twice in one process
                 raise CidfsError(f"{path}: the index is open in this process already") from e
-            raise IndexLost(f"{path}: the index cannot be opened ({e}); run `cidfs rebuild`") from e
+            raise _not_opened(path, e) from e
+
+
+def _not_opened(path: Path, error: lmdb.Error) -> CidfsError:
+    if "No space left" in str(error):
+        return DiskFailed(
+            f"{path}: the index cannot be opened: the disk is full; free some space and try again"
+        )
+    return IndexLost(f"{path}: the index cannot be opened ({error}); run `cidfs rebuild`")
 
 
 def lengthen(path: Path) -> None:
@@ -96,7 +104,9 @@ class Index:
                 name: self.env.open_db(name.encode(), create=create) for name in DATABASES
             }
         except lmdb.Error as e:
-            raise IndexLost(f"{path}: the index lacks its databases ({e}); run `cidfs rebuild`") from e
+            if create:
+                raise DiskFailed(f"{path}: an index cannot be made ({e}); is the disk full?") from e
+            raise _not_opened(path, e) from e
         if create:
             with self.write() as txn:
                 txn.put_number("next-serial", 1)

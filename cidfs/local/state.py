@@ -28,7 +28,15 @@ import msgspec
 from cidfs.errors import FormatError, IndexLost, LockTimeout, NotPermitted, StoreAbsent, StoreVersion
 from cidfs.formats.chunking import PARAMETERS
 from cidfs.formats.digest import checksum
-from cidfs.local.files import disk_errors, leads_to, replace_durably, sync_folder, try_flock, write_all
+from cidfs.local.files import (
+    disk_errors,
+    leads_to,
+    mapped,
+    replace_durably,
+    sync_folder,
+    try_flock,
+    write_all,
+)
 
 VERSION: Final = 1
 PACK_KINDS: Final = ("own", "cache", "manifest")
@@ -95,11 +103,15 @@ class StateFolder:
         try:
             raw = (root / "format").read_bytes()
         except (FileNotFoundError, NotADirectoryError):
+            if _has_journal(root):
+                raise StoreAbsent(
+                    f"{root}: a store that lost its file `format`; restore that from a backup"
+                ) from None
             raise StoreAbsent(
                 f"{root}: no store here; make one with `cidfs --state {root} add DIR`, or name another"
             ) from None
-        except PermissionError:
-            raise NotPermitted(f"{root}: permission denied; run as the owner of the store") from None
+        except OSError as e:
+            raise mapped(e, root / "format", "read") from None
         try:
             version = msgspec.json.decode(raw, type=dict[str, Any]).get("version")
             if version != VERSION:
@@ -132,8 +144,6 @@ class StateFolder:
             with contextlib.suppress(StoreAbsent):
                 return cls.open(root)
             _refuse_strangers(root)
-            if any(f.stat().st_size for f in root.glob("journal/*")):
-                raise StoreAbsent(f"{root}: a store that lost its file `format`; restore that from a backup")
             with disk_errors(root, "make a store here"):
                 for kind in PACK_KINDS:
                     for i in range(256):
@@ -313,8 +323,20 @@ _OUR_NAMES: Final = {"write.lock", "next-inode", "journal", "packs", "index", "r
 _LOCK_ADVICE: Final = "let it go on or end it, then try again"
 
 
+def _has_journal(root: Path) -> bool:
+    """Say whether something was ever published in a folder."""
+    try:
+        return any(f.stat().st_size for f in root.glob("journal/*"))
+    except OSError:
+        return False
+
+
 def _refuse_strangers(root: Path) -> None:
     """Raise StoreAbsent when there is something in a folder that no store would put there."""
+    if (root / "format").exists():
+        return  # another process has just made it
+    if _has_journal(root):
+        raise StoreAbsent(f"{root}: a store that lost its file `format`; restore that from a backup")
     strange = sorted(n for n in os.listdir(root) if n.partition(".tmp-")[0] not in _OUR_NAMES)
     if strange:
         raise StoreAbsent(

@@ -9,6 +9,7 @@ journal last.
 from __future__ import annotations
 
 import contextlib
+import shutil
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -111,7 +112,8 @@ class LocalStore:
         if not (root / "format").exists():
             with state.write_lock(lock_timeout):
                 if not (root / "format").exists():
-                    (root / "index" / "1").mkdir(exist_ok=True)
+                    shutil.rmtree(root / "index" / "1", ignore_errors=True)  # half made, by one that failed
+                    (root / "index" / "1").mkdir()
                     Index(root / "index" / "1", 1, write=True, create=True).close()
                     sync_folder(root / "index" / "1")
                     state.switch_index(1)

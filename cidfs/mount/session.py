@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import quote, unquote_to_bytes
 
-from cidfs.errors import MountFailed, MountPointAbsent, MountPointBusy, NotPermitted
+from cidfs.errors import CidfsError, MountFailed, MountPointAbsent, MountPointBusy, NotPermitted
+from cidfs.local.state import StateFolder
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +93,15 @@ def source_of(info: MountInfo) -> Path:
     return Path(os.fsdecode(unquote_to_bytes(info.source)))
 
 
+def daemons_of(state: Path, mountpoint: Path) -> set[int]:
+    """Return the processes that say in a state folder that they serve a mount point, and live."""
+    try:
+        leases = StateFolder.open(state).leases()
+    except CidfsError:
+        return set()
+    return {i.pid for _, i in leases if i.kind == "mount" and i.mountpoint == printable(mountpoint)}
+
+
 def printable(path: Path) -> str:
     """Return a path as text that any encoding takes."""
     return os.fsencode(path).decode(errors="backslashreplace")
@@ -110,18 +120,19 @@ def resolve(mountpoint: Path) -> Path:
 
 
 def check_mountpoint(mountpoint: Path) -> None:
-    """Raise MountPointAbsent, MountPointBusy, NotPermitted or MountFailed where a mount could not succeed."""
+    """Raise MountPointAbsent, MountPointBusy, NotPermitted or MountFailed where a mount could not succeed.
+
+    A cidfs mount that is there is not touched: its daemon may be stopped, and whoever looked would wait with
+    it.
+    """
     there = mounted_at(mountpoint)
-    if there is not None:
-        try:
-            os.stat(mountpoint)
-        except OSError as e:
-            if e.errno == errno.ENOTCONN:
-                raise MountPointBusy(
-                    f"{mountpoint}: a dead mount is there; take it down with `cidfs umount {mountpoint}`"
-                ) from None
-        if there.type == FILE_SYSTEM_TYPE:
-            raise MountPointBusy(f"{mountpoint}: cidfs is mounted there already (store {source_of(there)})")
+    if there is not None and there.type == FILE_SYSTEM_TYPE:
+        state = source_of(there)
+        if daemons_of(state, mountpoint):
+            raise MountPointBusy(f"{mountpoint}: cidfs is mounted there already (store {state})")
+        raise MountPointBusy(
+            f"{mountpoint}: a dead mount is there; take it down with `cidfs umount {mountpoint}`"
+        )
     try:
         if not mountpoint.is_dir():
             problem = "is not a directory" if mountpoint.exists() else "does not exist; make it first"

@@ -199,9 +199,7 @@ def publish_and_die(pipe: Connection, root: Path, group: Sequence[Package]) -> N
     publish_groups(pipe, root, [group])
 
 
-def rebuild_it(
-    pipe: Connection, root: Path, accept_loss: bool = False, lock_timeout: float = 30
-) -> None:
+def rebuild_it(pipe: Connection, root: Path, accept_loss: bool = False, lock_timeout: float = 30) -> None:
     """Rebuild the index, and report the problems."""
     report = rebuild(StateFolder.open(root), lock_timeout=lock_timeout, accept_loss=accept_loss)
     pipe.send(("rebuilt", report.problems))
@@ -244,6 +242,14 @@ def publish_when_full(pipe: Connection, root: Path, small: Package, large: Packa
         name = small.record.path.name
         pipe.send(("done", {name: row_of(store, name).base}))
         writers.close()
+
+
+def refresh_when_told(pipe: Connection, root: Path) -> None:
+    """Open a store for writing; whenever told to, look for a new index, and say whether there was one."""
+    with LocalStore.open(root, write=True, lock_timeout=0.1) as store:
+        pipe.send("open")
+        while name := pipe.recv():
+            pipe.send((store.refresh(), row_of(store, name).serial))
 
 
 def hold_write_lock(pipe: Connection, root: Path) -> None:

@@ -39,20 +39,16 @@ class _File:
 
 @dataclass
 class Plan:
-    """What is to go wrong.
+    """What is to go wrong; nothing by default."""
 
-    kill_at: the step before which the process ends; pause_at: before which it waits for others. fail_at: the sync that fails. lost: where to write what a
-    power loss leaves, at that step or at the end; keep: the share of what was not synced that survives it.
-    memory: a file that tells the disk of the next process what was not synced by this one.
-    """
-
-    kill_at: int = 0
-    pause_at: int = 0
-    fail_at: int = 0
-    lost: str = ""
-    keep: float = 0.0
+    kill_at: int = 0  # the step before which the process ends
+    fail_at: int = 0  # the sync that fails
+    lost: str = ""  # where to write what a power loss leaves, at the end of the process
+    keep: float = 0.0  # the share of what was not synced that survives it
     seed: int = 0
-    memory: str = ""
+    memory: str = ""  # a file that tells the disk of the next process what this one did not sync
+    pause_at: int = 0  # the step before which the process waits for others
+    kill_before: str = ""  # how the name of the step begins before which it ends
 
 
 class Disk:
@@ -81,7 +77,9 @@ class Disk:
         self.log.append(label)
         if self.steps == self.plan.pause_at:
             self._pause()
-        if self.steps == self.plan.kill_at:
+        if self.steps == self.plan.kill_at or (
+            self.plan.kill_before and label.startswith(self.plan.kill_before)
+        ):
             self.end()
             os._exit(KILLED)
 

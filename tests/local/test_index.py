@@ -18,7 +18,15 @@ from cidfs.local.rebuild import rebuild
 from cidfs.local.rows import DATABASES, PackRow, Place, seal, unseal
 from cidfs.local.state import StateFolder
 from cidfs.local.store import LocalStore
-from tests.local.children import hold_write_lock, publish_groups, rebuild_it, run, running, with_little_memory
+from tests.local.children import (
+    hold_write_lock,
+    publish_groups,
+    rebuild_it,
+    refresh_when_told,
+    run,
+    running,
+    with_little_memory,
+)
 from tests.local.support import (
     all_rows,
     contents_of,
@@ -294,19 +302,17 @@ def test_reading_needs_no_lock_of_a_writer(root: Path) -> None:
 def test_who_writes_takes_a_new_index_only_when_nobody_holds_the_lock(root: Path) -> None:
     """A look-up of a writer beside a stopped one must not wait for it."""
     publish_in(root, package("a"))
-    with LocalStore.open(root, write=True, lock_timeout=0.1) as store:
+    with running(refresh_when_told, root) as writer:
+        assert writer.hear() == "open"
         assert run(rebuild_it, root)[0] == 0
         with running(hold_write_lock, root) as child:
             assert child.hear() == "held"
             child.stop()
-            assert store.refresh() is False
-            assert row_of(store, "a").serial == 1
-            with pytest.raises(LockTimeout):
-                publish(store, package("b"))
-        assert store.refresh() is True
-        assert store.refresh() is False
-        publish(store, package("b"))
-        assert row_of(store, "b").serial == 2
+            writer.tell("a")
+            assert writer.hear() == (False, 1)
+        for expected in (True, False):
+            writer.tell("a")
+            assert writer.hear() == (expected, 1)
 
 
 def maps_of(root: Path) -> list[str]:

@@ -191,8 +191,11 @@ def test_older_files_that_were_left_count_no_more(folder: Path) -> None:
     (folder / "3.tmp-1-00").write_bytes(journal.encode([journal.Checkpoint(9, 9, ())], of_checkpoint=True))
     found = replay(folder)
     assert (sorted(found.entries), found.next_serial) == ([2], 3)
+    old = (folder / "2").read_bytes()
     assert ours.write_checkpoint([], 3, 0) == 3
     assert journal_files(folder) == [3]
+    (folder / "2").write_bytes(old)  # an older checkpoint, of what was removed since
+    assert replay(folder).entries == {}
 
 
 def test_a_damaged_checkpoint_is_a_loss(folder: Path) -> None:

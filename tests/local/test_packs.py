@@ -181,6 +181,34 @@ def test_a_name_that_leads_elsewhere_by_now_is_not_taken(root: Path, monkeypatch
     check(root, {b"new": place})
 
 
+def test_what_another_appended_before_the_lock_was_given_stays(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = PackWriter(root, OWN)
+    put(writer, b"first")
+    writer.close()
+    [path] = pack_files(root, "own")
+
+    def append_then_lock(fd: int) -> bool:
+        monkeypatch.undo()
+        places[b"theirs"] = append_to(path, b"theirs")
+        return try_flock(fd)
+
+    def append_to(path: Path, data: bytes) -> Place:
+        other = PackWriter(root, OWN, [identity_of(path)])
+        [place] = put(other, data)
+        other.close()
+        return place
+
+    places: dict[bytes, Place] = {}
+    monkeypatch.setattr("cidfs.local.packs.try_flock", append_then_lock)
+    writer = PackWriter(root, OWN, [identity_of(path)])
+    [places[b"ours"]] = put(writer, b"ours")
+    writer.close()
+    assert {p.pack for p in places.values()} == {identity_of(path)}
+    check(root, places)
+
+
 # --- torn ends
 
 

@@ -221,6 +221,9 @@ def test_the_first_publication_since_a_removal_counts(root: Path) -> None:
     with LocalStore.open(root) as store:
         assert row_of(store, "a") == first
         assert store.range_of(second.base) is None
+        told = store.record_of(path_of("a").hash_part)
+        assert told is not None
+        assert told.signatures == (), "the amendment was of the other publication"
         assert store.next_base() >= second.base + second.count
 
 

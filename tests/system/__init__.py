@@ -1,0 +1,1 @@
+"""cidfs as a whole: real processes, real mounts, through the command line."""
