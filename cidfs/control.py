@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from pathlib import Path
 from typing import Final
 
@@ -63,6 +64,7 @@ def ask(path: Path, request: Request, timeout: float = DEFAULT_TIMEOUT) -> Daemo
 
     Raise OSError or msgspec.MsgspecError when it does not answer properly.
     """
+    deadline = time.monotonic() + timeout
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as connection:
         connection.settimeout(timeout)
         with SocketAddress(path) as address:
@@ -70,6 +72,7 @@ def ask(path: Path, request: Request, timeout: float = DEFAULT_TIMEOUT) -> Daemo
         connection.sendall(msgspec.json.encode(request) + b"\n")
         answer = b""
         while not answer.endswith(b"\n") and len(answer) < MAX_LINE:
+            connection.settimeout(max(0.001, deadline - time.monotonic()))
             piece = connection.recv(65536)
             if not piece:
                 break

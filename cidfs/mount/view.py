@@ -260,7 +260,7 @@ class StoreView:
         if manifest is None:
             place = self._store.place("manifests", row.manifest)
             if place is not None and place.length > BIG_MANIFEST:
-                raise Miss(lambda: self._preload(row.manifest))
+                raise Miss(lambda: self._preload(base, row.manifest))
             manifest = self._store.read_manifest(row.manifest)
         self.counters.manifest_reads += 1
         if manifest.node_count != row.nodes:
@@ -280,8 +280,12 @@ class StoreView:
             self._published_bytes -= len(old.manifest) + _ENTRY_COST
         return published
 
-    def _preload(self, digest: bytes) -> None:
-        self._loaded[digest] = self._store.read_manifest(digest)
+    def _preload(self, base: int, digest: bytes) -> None:
+        """Load a manifest on a worker thread, unless another one who waited for it has it in use by now."""
+        if digest not in self._loaded and base not in self._published:
+            manifest = self._store.read_manifest(digest)
+            if base not in self._published:
+                self._loaded[digest] = manifest
 
     @property
     def node_limit(self) -> int:

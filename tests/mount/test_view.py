@@ -345,7 +345,6 @@ def test_a_large_manifest_is_a_miss(store: LocalStore) -> None:
     assert view._loaded == {}, "it is kept once"
 
 
-@pytest.mark.xfail(reason="a second Miss of one manifest leaves it in `_loaded` for good", strict=True)
 def test_two_who_wait_for_one_manifest_keep_it_once(store: LocalStore) -> None:
     row = store.find_path(add(store, big_tree(1), "big"))
     assert row is not None
