@@ -59,7 +59,7 @@ def make_person(folder: Path, programs: Path) -> Person:
     """
     home = folder / "home"
     home.mkdir()
-    path = [str(ROOT), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    path = [str(ROOT), *_libraries()]
     if os.geteuid() != 0:
         return Person(os.geteuid(), home, [sys.executable], path)
     os.chown(home, NOBODY, NOBODY)
@@ -76,6 +76,10 @@ def make_person(folder: Path, programs: Path) -> Person:
     return person
 
 
+def _libraries() -> list[str]:
+    return [p for p in sys.path if p.endswith("-packages") and os.path.isdir(p)]
+
+
 def _can_run(person: Person) -> bool:
     try:
         done = person.run(*person.python, "-c", "import cidfs.cli.main")
@@ -86,19 +90,19 @@ def _can_run(person: Person) -> bool:
 
 def _copy_programs(programs: Path, python: Path) -> None:
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    left_out = shutil.ignore_patterns("site-packages", "dist-packages", "test", "__pycache__")
+    left_out = shutil.ignore_patterns("site-packages", "dist-packages", "test")
     standard = sysconfig.get_path("stdlib")
     shutil.copytree(standard, programs / "lib" / version, copy_function=_link, ignore=left_out, symlinks=True)
-    shutil.copytree(sysconfig.get_path("purelib"), programs / "libraries", copy_function=_link)
+    for library in _libraries():
+        shutil.copytree(library, programs / "libraries", copy_function=_link, dirs_exist_ok=True)
     for part in ("cidfs", "tests/system"):
         shutil.copytree(ROOT / part, programs / "checkout" / part, copy_function=_link)
     python.parent.mkdir()
     base = getattr(sys, "_base_executable", sys.executable)
     _link(os.path.realpath(base), str(python))
-    library = sysconfig.get_config_var("INSTSONAME")
-    folder = sysconfig.get_config_var("LIBDIR")
-    if library and os.path.exists(os.path.join(folder, library)):
-        _link(os.path.join(folder, library), str(programs / "lib" / library))
+    shared = os.path.join(sysconfig.get_config_var("LIBDIR"), sysconfig.get_config_var("INSTSONAME"))
+    if os.path.exists(shared):
+        _link(shared, str(programs / "lib" / os.path.basename(shared)))
 
 
 def _link(source: str, target: str) -> None:

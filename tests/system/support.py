@@ -8,9 +8,13 @@ import os
 import random
 import stat
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 PIECE = 1 << 20
 LONG_NAME = b"n" * 255
@@ -192,6 +196,12 @@ def _nar_node(path: bytes) -> Iterator[bytes]:
             while piece := file.read(PIECE):
                 yield piece
         yield bytes(-info.st_size % 8) + _word(b")")
+
+
+def at_once(call: Callable[[T], R], each: Iterable[T]) -> list[R]:
+    """Call something with each of several arguments, as many at once as there are cores."""
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        return list(threads.map(call, each))
 
 
 # --- processes and mounts, as /proc shows them

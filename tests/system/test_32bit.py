@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.commands import Store
+from tests.system.support import at_once
 
 PATHS = 10_000
 BATCH = 2_500
@@ -41,8 +41,8 @@ def run(program: Path, *words: str | Path, stdin: bytes = b"") -> list[list[str]
     return [line.split(" ", 2) for line in done.stdout.decode().splitlines()]
 
 
-def add_many(store: Store) -> Iterator[str]:
-    """Add thousands of small paths and yield their base names."""
+def add_many(store: Store) -> list[str]:
+    """Add thousands of small paths, several batches at once, and return their base names."""
     folder = store.state.parent / "many"
     trees = []
     for number in range(PATHS):
@@ -50,12 +50,12 @@ def add_many(store: Store) -> Iterator[str]:
         tree.mkdir(parents=True)
         (tree / "file").write_bytes(b"%d" % number)
         trees.append(tree)
-    for start in range(0, PATHS, BATCH):
-        yield from store.add(*trees[start : start + BATCH])
+    batches = at_once(lambda i: store.add(*trees[i : i + BATCH]), range(0, PATHS, BATCH))
+    return [name for batch in batches for name in batch]
 
 
 def test_it_finds_every_file_of_ten_thousand_paths(store: Store, mountpoint: Path, look32: Path) -> None:
-    names = list(add_many(store))
+    names = add_many(store)
     assert len(set(names)) == PATHS
     store.mount(mountpoint, "--list-root")
 

@@ -13,7 +13,7 @@ import pytest
 from cidfs.formats.digest import digest_of, parse_cid
 from tests.commands import Failed, Store, environment
 from tests.system.conftest import Mounted
-from tests.system.support import nar_of
+from tests.system.support import at_once, nar_of
 
 ABSENT = "ffffffffffffffffffffffffffffffff-absent"
 NO_CID = "bafkr4i" + "a" * 52
@@ -45,8 +45,8 @@ def test_ls_lists_the_store_paths(awkward: Mounted) -> None:
 
 def test_ls_lists_what_is_inside_under_every_name(awkward: Mounted, facts: dict[str, object]) -> None:
     expected = b"".join(name + b"\n" for name in sorted(os.listdir(os.fsencode(awkward.source))))
-    for form in forms(awkward, facts):
-        assert awkward.store.run("ls", form).stdout == expected
+    for done in at_once(lambda form: awkward.store.run("ls", form), forms(awkward, facts)):
+        assert done.stdout == expected
     assert awkward.store.lines("ls", f"{awkward.name}/bin") == ["big tool", "tool"]
     assert awkward.store.lines("ls", f"{awkward.name}/bin/tool") == ["tool"]
     assert awkward.store.lines("ls", f"{awkward.name}/empty-folder/") == []
@@ -64,8 +64,8 @@ def test_ls_shows_modes_sizes_and_targets(awkward: Mounted) -> None:
 def test_cat_writes_a_file_under_every_name(awkward: Mounted, facts: dict[str, object]) -> None:
     for inside in ("/many chunks", "/repeats"):
         expected = (awkward.source / inside[1:]).read_bytes()
-        for form in forms(awkward, facts, inside):
-            assert awkward.store.run("cat", form).stdout == expected
+        for done in at_once(lambda form: awkward.store.run("cat", form), forms(awkward, facts, inside)):
+            assert done.stdout == expected
     assert awkward.store.run("cat", f"{awkward.name}/empty").stdout == b""
     odd = os.fsdecode(b"not-utf8-\xff\xfe\xe9")
     assert awkward.store.run("cat", f"{awkward.name}/{odd}").stdout == b"latin"
@@ -93,8 +93,8 @@ def test_a_file_that_is_a_store_path_has_a_cid_that_cat_takes(store: Store) -> N
 
 def test_nar_writes_what_nix_would(awkward: Mounted, facts: dict[str, object]) -> None:
     expected = b"".join(nar_of(os.fsencode(awkward.source)))
-    for form in forms(awkward, facts):
-        assert awkward.store.run("nar", form).stdout == expected
+    for done in at_once(lambda form: awkward.store.run("nar", form), forms(awkward, facts)):
+        assert done.stdout == expected
     assert facts["nar_size"] == len(expected)
 
 
@@ -119,8 +119,11 @@ def test_info_shows_what_is_known(awkward: Mounted, facts: dict[str, object]) ->
 
 @pytest.mark.parametrize("command", ["ls", "cat", "info", "nar"])
 def test_what_is_not_there_is_one_line_and_exit_code_4(awkward: Mounted, command: str) -> None:
-    for absent in (ABSENT, f"/nix/store/{ABSENT}/inside", f"{awkward.name}/absent", NO_CID):
-        assert absent.partition("/")[0][:20] in awkward.store.error(command, absent, code=4)
+    absent = (ABSENT, f"/nix/store/{ABSENT}/inside", f"{awkward.name}/absent", NO_CID)
+    for each, line in zip(
+        absent, at_once(lambda a: awkward.store.error(command, a, code=4), absent), strict=True
+    ):
+        assert each.partition("/")[0][:20] in line
 
 
 def test_what_cannot_be_a_path_is_refused(awkward: Mounted) -> None:

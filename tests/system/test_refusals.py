@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from tests.commands import Store, wait_until
 from tests.system.person import Person
 from tests.system.support import (
     alive,
+    at_once,
     describe,
     error_of,
     make_files,
@@ -151,11 +152,12 @@ def test_a_dead_mount_says_how_to_clean_up_and_that_works(store: Store, tree: Pa
 # --- what is not there
 
 
-@pytest.mark.parametrize("command", ["cat", "info", "nar", "verify", "ls"])
-def test_a_path_that_is_not_published(store: Store, tree: Path, command: str) -> None:
+def test_a_path_that_is_not_published(store: Store, tree: Path) -> None:
     store.add(tree)
     with nothing_left(store.state.parent):
-        assert ABSENT in store.error(command, f"/nix/store/{ABSENT}", code=4)
+        commands = ("cat", "info", "nar", "verify", "ls")
+        for line in at_once(lambda c: store.error(c, f"/nix/store/{ABSENT}", code=4), commands):
+            assert ABSENT in line
 
 
 def nix_store(root: Path) -> Path:
@@ -190,8 +192,9 @@ def test_what_cannot_be_imported(store: Store, tree: Path) -> None:
         )
         assert "NAR hash" in wrong
     assert store.run("import", "--all", "--from", root).stdout == b""
-    for broken in (nar[:-8], nar + b"x", b"", b"not a NAR", nar.replace(b"regular", b"regulax")):
-        assert "standard input" in store.error("import", "-", "--name", "x", code=7, stdin=broken)
+    broken = (nar[:-8], nar + b"x", b"", b"not a NAR", nar.replace(b"regular", b"regulax"))
+    for line in at_once(lambda b: store.error("import", "-", "--name", "x", code=7, stdin=b), broken):
+        assert "standard input" in line
     conflict = store.error("import", "-", "--name", other, code=6, stdin=nar)
     assert "other contents" in conflict
     assert len(store.lines("ls")) == 2
@@ -201,51 +204,52 @@ def test_what_cannot_be_imported(store: Store, tree: Path) -> None:
 # --- which store
 
 
-@pytest.mark.parametrize("command", EVERY_COMMAND)
-def test_a_store_of_another_version(store: Store, tree: Path, mountpoint: Path, command: str) -> None:
+def test_a_store_of_another_version(store: Store, tree: Path, mountpoint: Path) -> None:
     store.add(tree)
     form = json.loads((store.state / "format").read_text())
     (store.state / "format").write_text(json.dumps({**form, "version": 2, "novelty": [1]}))
     with nothing_left(store.state.parent):
-        assert "version 2" in store.error(*words_of(command, tree, mountpoint), code=11)
-    if command == "ls":
-        (store.state / "format").write_text(json.dumps({**form, "features": ["novelty"]}))
-        assert "novelty" in store.error("ls", code=11)
-        (store.state / "format").write_text("{")
-        assert str(store.state / "format") in store.error("ls", code=7)
+        commands = [words_of(command, tree, mountpoint) for command in EVERY_COMMAND]
+        for line in at_once(lambda words: store.error(*words, code=11), commands):
+            assert "version 2" in line
+    (store.state / "format").write_text(json.dumps({**form, "features": ["novelty"]}))
+    assert "novelty" in store.error("ls", code=11)
+    (store.state / "format").write_text("{")
+    assert str(store.state / "format") in store.error("ls", code=7)
 
 
-@pytest.mark.parametrize("command", [c for c in EVERY_COMMAND if c != "rebuild"])
-def test_an_index_of_another_schema(store: Store, tree: Path, mountpoint: Path, command: str) -> None:
+def test_an_index_of_another_schema(store: Store, tree: Path, mountpoint: Path) -> None:
     store.add(tree)
     index = Index(store.state / "index/1", 1, write=True)
     with index.write() as txn:
         txn.put_number("schema", 99)
     index.close()
     with nothing_left(store.state.parent):
-        assert "schema 99" in store.error(*words_of(command, tree, mountpoint), code=11)
+        commands = [words_of(command, tree, mountpoint) for command in EVERY_COMMAND if command != "rebuild"]
+        for line in at_once(lambda words: store.error(*words, code=11), commands):
+            assert "schema 99" in line
 
 
-@pytest.mark.parametrize("command", [c for c in EVERY_COMMAND if c not in ("add", "mount", "import")])
-def test_no_store_is_said_and_none_is_made(store: Store, tree: Path, command: str) -> None:
+def test_no_store_is_said_and_none_is_made(store: Store, tree: Path) -> None:
     with nothing_left(store.state.parent):
-        assert str(store.state) in store.error(*words_of(command, tree, tree), code=10)
+        makers = ("add", "mount", "import")
+        commands = [words_of(command, tree, tree) for command in EVERY_COMMAND if command not in makers]
+        for line in at_once(lambda words: store.error(*words, code=10), commands):
+            assert str(store.state) in line
         for other in (tree, tree / "file"):
-            line = Store(other).error(*words_of(command, tree, tree), code=10)
-            assert str(other) in line
+            for command in ("ls", "rebuild"):
+                assert str(other) in Store(other).error(command, code=10)
 
 
-@pytest.mark.parametrize("command", ["add", "mount", "import"])
 def test_a_folder_with_other_things_in_it_is_not_made_a_store(
-    store: Store, tree: Path, mountpoint: Path, command: str
+    store: Store, tree: Path, mountpoint: Path
 ) -> None:
-    (store.state.parent / "nar").write_bytes(b"".join(nar_of(os.fsencode(tree))))
     foreign = make_files(store.state.parent / "foreign", {b"letters/to-mother": b"Dear mother"})
     with nothing_left(store.state.parent):
-        line = Store(foreign).error(*words_of(command, tree, mountpoint), code=10)
-        assert "letters" in line
-        line = Store(tree / "file").error(*words_of(command, tree, mountpoint), code=10)
-        assert str(tree / "file") in line
+        for command in ("add", "mount", "import"):
+            words = words_of(command, tree, mountpoint)
+            assert "letters" in Store(foreign).error(*words, code=10)
+            assert str(tree / "file") in Store(tree / "file").error(*words, code=10)
 
 
 def test_a_store_for_another_store_directory(store: Store, tree: Path, mountpoint: Path) -> None:
@@ -260,13 +264,20 @@ def test_a_store_for_another_store_directory(store: Store, tree: Path, mountpoin
 
 def test_settings_that_cannot_be_are_refused(store: Store, tree: Path) -> None:
     config = store.state.parent / "cidfs.toml"
-    for text in ('[store]\nstat = "x"\n', "[stor]\n", "[store\n", '[store]\nstore_dir = "nix"\n', "\xff"):
-        config.write_text(text, encoding="latin-1")
-        with nothing_left(store.state.parent):
-            store.error("--config", config, "add", tree, code=2)
-    store.error("--config", config.with_name("absent.toml"), "add", tree, code=2)
-    for words in (["nonsense"], ["add"], ["add", "--nonsense", tree], ["mount", "--transport", "x", tree]):
-        store.error(*words, code=2)
+    commands: list[list[str | Path]] = [
+        ["nonsense"],
+        ["add"],
+        ["add", "--nonsense", tree],
+        ["mount", "--transport", "x", tree],
+        ["--config", config, "add", tree],
+    ]
+    texts = ('[store]\nstat = "x"\n', "[stor]\n", "[store\n", '[store]\nstore_dir = "nix"\n', "\xff")
+    for number, text in enumerate(texts):
+        wrong = config.with_name(f"{number}.toml")
+        wrong.write_text(text, encoding="latin-1")
+        commands.append(["--config", wrong, "add", tree])
+    with nothing_left(store.state.parent):
+        at_once(lambda words: store.error(*words, code=2), commands)
     assert not store.state.exists()
 
 
@@ -282,29 +293,29 @@ def test_a_user_without_permission(person: Person, public: Path) -> None:
     own.mkdir()
     os.chown(own, person.uid, person.uid)
 
-    def refused(*words: str | Path) -> str:
-        (line,) = person.cidfs("--state", store.state, *words, code=14)
-        assert line.startswith("cidfs: ")
-        return line
+    def refused(words: Sequence[str | Path]) -> list[str]:
+        return person.cidfs("--state", store.state, *words, code=14)
 
+    commands: list[Sequence[str | Path]] = [
+        ("add", tree),
+        ("ls",),
+        ("verify",),
+        ("rebuild",),
+        ("mount", own),
+        ("mount", "--foreground", own),
+        ("cat", f"{name}/file"),
+        ("info", name),
+        ("nar", name),
+        ("stats",),
+    ]
     with nothing_left(public):
         store.state.chmod(0o700)
-        for words in (
-            ("add", tree),
-            ("ls",),
-            ("cat", f"{name}/file"),
-            ("info", name),
-            ("nar", name),
-            ("stats",),
-            ("verify",),
-            ("rebuild",),
-            ("mount", own),
-            ("mount", "--foreground", own),
-        ):
-            assert str(store.state) in refused(*words)
+        closed = at_once(refused, commands)
         store.state.chmod(0o755)
-        for words in (("add", tree), ("ls",), ("verify",), ("rebuild",), ("mount", own)):
-            assert str(store.state) in refused(*words)
+        readable = at_once(refused, commands[:5])
+    for (line,) in closed + readable:
+        assert line.startswith("cidfs: ")
+        assert str(store.state) in line
     (public / "closed").mkdir(mode=0o700)
     with nothing_left(public):
         (line,) = person.cidfs("--state", public / "new-state", "add", tree, code=14)
