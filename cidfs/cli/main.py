@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 import cidfs
-from cidfs.cli import look, mounts, stats, store
+from cidfs.cli import check, look, mounts, stats, store
 from cidfs.cli.common import GLOBALS
 from cidfs.cli.output import say
 from cidfs.errors import CidfsError, exit_code
@@ -87,8 +87,8 @@ _COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "cat": (look.cat, "Write a file to standard output."),
     "info": (look.info, "Show what is known of a store path."),
     "nar": (look.nar, "Write a NAR to standard output."),
-    "verify": (store.verify, "Check all that is stored."),
-    "rebuild": (store.rebuild, "Make the index anew."),
+    "verify": (check.verify, "Check all that is stored."),
+    "rebuild": (check.rebuild, "Make the index anew."),
 }
 for _name, (_command, _short) in _COMMANDS.items():
     app.command(name=_name, short_help=_short)(_command)
