@@ -20,7 +20,7 @@ DEFAULT_TIMEOUT: Final = 2.0
 
 
 class Request(msgspec.Struct, frozen=True):
-    """What is asked. do: `stats` is the only one so far."""
+    """What is asked. do: `stats`, or `refresh`: look now what was removed, and let go of it."""
 
     do: str
     version: int = VERSION

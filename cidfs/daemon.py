@@ -24,6 +24,7 @@ import trio
 
 from cidfs import control
 from cidfs.errors import CidfsError, MountFailed
+from cidfs.local.removal import Removals
 from cidfs.local.state import Lease
 from cidfs.local.store import LocalStore
 from cidfs.mount import session
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 
 REQUEST_SECONDS: Final = 5.0
 HOUSEKEEPING_SECONDS: Final = 60.0
+REMOVALS_SECONDS: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,11 +118,13 @@ class _Daemon:
         self._listener = listener
         self._ready = ready
         self._began = time.monotonic()
+        self._removals = Removals(store)
 
     async def run(self) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch_signals)
             nursery.start_soon(self._housekeeping)
+            nursery.start_soon(self._watch_removals)
             nursery.start_soon(self._serve_control)
             nursery.start_soon(self._announce)
             await self._transport.serve()
@@ -147,11 +151,29 @@ class _Daemon:
             await trio.sleep(HOUSEKEEPING_SECONDS)
             try:
                 freed = await trio.to_thread.run_sync(self._store.free_dead_readers)
+                self._store.packs.forget_unlinked()
             except CidfsError as e:
                 log.warning("%s", e)
                 continue
             if freed:
                 log.info("freed %d reader slots of dead processes", freed)
+
+    async def _watch_removals(self) -> None:
+        while True:
+            await trio.sleep(REMOVALS_SECONDS)
+            await self._let_go()
+
+    async def _let_go(self) -> None:
+        """Let the kernel forget the names of what was removed, and packs go that were unlinked."""
+        try:
+            removed = await trio.to_thread.run_sync(self._removals.new)
+        except CidfsError as e:
+            log.warning("%s", e)
+            return
+        for name in removed:
+            self._transport.forget_name(name)
+        if removed:
+            self._store.packs.forget_unlinked()
 
     async def _serve_control(self) -> None:
         listener = trio.SocketListener(trio.socket.from_stdlib_socket(self._listener))
@@ -170,7 +192,9 @@ class _Daemon:
             except msgspec.MsgspecError as e:
                 log.warning("control socket: %s", e)
                 return
-            if request.do == "stats":
+            if request.do == "refresh":
+                await self._let_go()
+            if request.do in ("stats", "refresh"):
                 await stream.send_all(msgspec.json.encode(self.stats()) + b"\n")
             else:
                 log.warning("control socket: asked for %r, which this version does not know", request.do)

@@ -65,8 +65,16 @@ class Conflict(CidfsError):
     """A store path is published with other contents; the first publication stays."""
 
 
+class InUse(CidfsError):
+    """A store path cannot be removed, for something needs it."""
+
+
 class HashMismatch(CidfsError):
     """The contents that were read do not have the NAR hash that they should have."""
+
+
+class NotTrusted(CidfsError):
+    """No trusted key has signed what was offered from outside."""
 
 
 class SourceError(CidfsError):
@@ -109,6 +117,8 @@ EXIT_CODES: dict[type[CidfsError], int] = {
     HashMismatch: 5,
     Conflict: 6,
     FormatError: 7,
+    NotTrusted: 8,
+    InUse: 9,
     StoreAbsent: 10,
     StoreVersion: 11,
     IndexLost: 12,

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 import cidfs
-from cidfs.cli import check, look, mounts, stats, store
+from cidfs.cli import check, collect, look, mounts, stats, store
 from cidfs.cli.common import GLOBALS
 from cidfs.cli.output import say
 from cidfs.errors import CidfsError, exit_code
@@ -26,9 +26,10 @@ app = typer.Typer(
     name="cidfs",
     help="A content-addressed, read-only Nix store: add to it, import a Nix store, mount it.",
     epilog="Results go to standard output, all else to standard error. Exit codes: 0 done, 1 other,"
-    " 2 wrong use, 3 unreadable source, 4 absent, 5 hash mismatch, 6 conflict, 7 malformed, 10 no store,"
-    " 11 other version, 12 index lost, 13 locked, 14 not permitted, 15 disk, 16 damaged, 17 journal lost,"
-    " 18 chunk lost, 20 mount failed, 21 mount point absent, 22 busy, 130 interrupted.",
+    " 2 wrong use, 3 unreadable source, 4 absent, 5 hash mismatch, 6 conflict, 7 malformed, 8 not trusted,"
+    " 9 in use, 10 no store, 11 other version, 12 index lost, 13 locked, 14 not permitted, 15 disk,"
+    " 16 damaged, 17 journal lost, 18 chunk lost, 20 mount failed, 21 mount point absent, 22 busy,"
+    " 130 interrupted.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -80,6 +81,8 @@ def options(
 _COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "add": (store.add, "Add directories or files."),
     "import": (store.import_, "Import paths from a Nix store, or a NAR."),
+    "remove": (collect.remove, "Take store paths out."),
+    "gc": (collect.gc, "Free what nobody needs."),
     "mount": (mounts.mount, "Mount the store, read-only."),
     "umount": (mounts.umount, "Take a mount down."),
     "stats": (stats.stats, "Show sizes, requests and latencies."),

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import stat
 import struct
+import sys
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -186,6 +187,13 @@ class Manifest:
             raise FormatError(f"manifest: chunk {index} of {self.chunk_count}")
         digest, end = CHUNK_ROW.unpack_from(self._data, self._chunks_at + index * ENTRY_SIZE)
         return digest, end
+
+    def prefixes(self) -> array[int]:
+        """Return the first 8 bytes of each chunk's digest as a big-endian number, in the table's order."""
+        table = array("Q", self._data[self._chunks_at : self._names_at])
+        if sys.byteorder == "little":
+            table.byteswap()
+        return table[:: ENTRY_SIZE // 8]
 
     def spans(self, node: Node, offset: int = 0, size: int | None = None) -> Iterator[ChunkSpan]:
         """Yield the chunks of a file that hold size bytes from offset on (all to the end by default)."""

@@ -6,10 +6,11 @@ Synchronous; every failure of the disk becomes DiskFailed or NotPermitted with t
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from cidfs.errors import CidfsError, DiskFailed, NotPermitted
@@ -33,6 +34,22 @@ def disk_errors(path: Path | str, doing: str) -> Iterator[None]:
         raise mapped(e, path, doing) from e
 
 
+def allocate(fd: int, size: int) -> None:
+    """Give the first bytes of a file disk space of their own; raise OSError as the system does.
+
+    Not by posix_fallocate(3): where the file system cannot do it, that writes zeros, over what another process
+    may just be writing. There, nothing is done.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    arguments = (ctypes.c_int(fd), ctypes.c_int(0), ctypes.c_int64(0), ctypes.c_int64(size))
+    while libc.fallocate64(*arguments) != 0:
+        code = ctypes.get_errno()
+        if code in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            return
+        if code != errno.EINTR:
+            raise OSError(code, os.strerror(code))
+
+
 def sync_folder(path: Path) -> None:
     """Make the entries of a folder durable."""
     with disk_errors(path, "sync the folder"):
@@ -52,14 +69,17 @@ def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
         offset += done
 
 
-def replace_durably(path: Path, data: bytes) -> None:
+def replace_durably(path: Path, data: bytes | Iterable[bytes]) -> None:
     """Give a file new contents: written under a temporary name, synced, renamed, its folder synced."""
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}-{os.urandom(4).hex()}")
     with disk_errors(path, "write"):
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         try:
             try:
-                write_all(fd, data, 0)
+                offset = 0
+                for piece in (data,) if isinstance(data, bytes) else data:
+                    write_all(fd, piece, offset)
+                    offset += len(piece)
                 os.fsync(fd)
             finally:
                 os.close(fd)

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO, Final
 
 from cidfs.errors import FormatError
 from cidfs.formats import frames, journal
 from cidfs.local.files import disk_errors, mapped, replace_durably, sync_folder, write_all
+
+TAIL: Final = 1 << 20  # so many bytes at the journal's end are read to see where it stands
 
 
 def journal_files(folder: Path) -> list[int]:
@@ -77,11 +81,8 @@ class Journal:
         """
         result = Replay()
         found: list[tuple[int, journal.Transaction]] = []
-        for number in journal_files(self._folder):
+        for number, path, raw in self._contents():
             result.last_file = number
-            path = self._folder / str(number)
-            with disk_errors(path, "read"):
-                raw = path.read_bytes()
             for item in frames.scan(raw):
                 if isinstance(item, frames.Gap):
                     result.damage.append(
@@ -117,21 +118,78 @@ class Journal:
         return result
 
     def write_checkpoint(
-        self, entries: list[journal.Publication], next_serial: int, next_base: int, *, above: int = 0
+        self,
+        entries: Iterable[journal.Entry],
+        next_serial: int,
+        next_base: int,
+        *,
+        serials: Sequence[int] | None = None,
+        above: int = 0,
     ) -> int:
         """Write a checkpoint that stands for all that is now in the journal, drop the older files.
 
-        Return its number, which is higher than `above`.
+        serials are those of the entries, where these are not to be held in memory. Return its number, which
+        is higher than `above`.
         """
+        if serials is None:
+            entries = list(entries)
+            serials = [entry.serial for entry in entries]
         old = journal_files(self._folder)
         number = max([above, *old]) + 1
-        head = journal.Checkpoint(next_serial, next_base, tuple(e.serial for e in entries))
-        data = [journal.encode([head], of_checkpoint=True)]
-        for i in range(0, len(entries), 256):
-            data.append(journal.encode(entries[i : i + 256], of_checkpoint=True))
-        replace_durably(self._folder / str(number), b"".join(data))
+        head = journal.Checkpoint(next_serial, next_base, tuple(sorted(serials)))
+        replace_durably(self._folder / str(number), _checkpoint_frames(head, entries))
         self._known.add(number)
         for stale in old:
             with contextlib.suppress(FileNotFoundError), disk_errors(self._folder / str(stale), "remove"):
                 os.unlink(self._folder / str(stale))
         return number
+
+    def _contents(self) -> Iterator[tuple[int, Path, bytes]]:
+        """Yield number, path and bytes of all files, as they were together at one moment."""
+        with contextlib.ExitStack() as stack:
+            while True:
+                opened: list[tuple[int, Path, BinaryIO]] = []
+                try:
+                    for number in journal_files(self._folder):
+                        path = self._folder / str(number)
+                        opened.append((number, path, stack.enter_context(open(path, "rb"))))
+                except FileNotFoundError:
+                    continue  # a checkpoint has just taken its place
+                except OSError as e:
+                    raise mapped(e, path, "read") from e
+                break
+            for number, path, file in opened:
+                with disk_errors(path, "read"):
+                    yield number, path, file.read()
+
+    def last_serial(self) -> int:
+        """Return the highest serial that stands at the journal's end; 0 where none does."""
+        for number in reversed(journal_files(self._folder)):
+            path = self._folder / str(number)
+            with disk_errors(path, "read"), open(path, "rb") as file:
+                ends = [file.read(TAIL)]  # a checkpoint's first frame says where it stands
+                size = file.seek(0, os.SEEK_END)
+                if size > TAIL:
+                    file.seek(max(TAIL, size - TAIL))
+                    ends.append(file.read())
+            last = 0
+            for item in (item for raw in ends for item in frames.scan(raw)):
+                if isinstance(item, frames.Found) and item.header.kind == frames.KIND_JOURNAL:
+                    for entry in journal.decode(item.data).entries:
+                        beyond = isinstance(entry, journal.Checkpoint)  # its serial is the next one's
+                        last = max(last, entry.serial - beyond)
+            if last:
+                return last
+        return 0
+
+
+def _checkpoint_frames(head: journal.Checkpoint, entries: Iterable[journal.Entry]) -> Iterator[bytes]:
+    yield journal.encode([head], of_checkpoint=True)
+    group: list[journal.Entry] = []
+    for entry in entries:
+        group.append(entry)
+        if len(group) == 256:
+            yield journal.encode(group, of_checkpoint=True)
+            group = []
+    if group:
+        yield journal.encode(group, of_checkpoint=True)

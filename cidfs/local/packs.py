@@ -108,6 +108,13 @@ class PackReader:
             where = pack_path(self._root, place.kind, place.pack)
             raise ChunkInvalid(f"{where}: {e} (+{place.offset})") from None
 
+    def forget_unlinked(self) -> None:
+        """Drop the descriptors of packs that are gone: they would keep the disk from being freed."""
+        with self._lock:
+            gone = [i for i, file in self._files.items() if os.fstat(file.fd).st_nlink == 0]
+            for identity in gone:
+                del self._files[identity]
+
     def forget(self, identity: bytes) -> None:
         """Drop a descriptor, so that the next read opens the pack anew."""
         with self._lock:
@@ -216,14 +223,17 @@ class PackWriter:
         return None
 
     def _make(self) -> _Open:
-        identity = os.urandom(PACK_ID_SIZE)
-        path = pack_path(self._root, self.kind, identity)
-        temporary = path.with_name(f"{path.name}.new")
+        while True:
+            identity = os.urandom(PACK_ID_SIZE)
+            path = pack_path(self._root, self.kind, identity)
+            temporary = path.with_name(f"{path.name}.new")
+            with disk_errors(path, "make a pack"):
+                fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+                if try_flock(fd) and leads_to(temporary, fd):
+                    break
+                os.close(fd)  # a collection took it for a leftover before it was locked
         with disk_errors(path, "make a pack"):
-            fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
             try:
-                if not try_flock(fd):
-                    raise DiskFailed(f"{temporary}: is locked by another process")
                 write_all(fd, pack.HEADER, 0)
                 os.link(temporary, path)
                 os.unlink(temporary)

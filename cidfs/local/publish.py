@@ -1,4 +1,4 @@
-"""Publishing: the transaction that makes paths visible, and the journal that says it again.
+"""Publishing and removing: the transaction that changes what is visible, and the journal that says it again.
 
 The order is the promise: frames are synced in packs and have rows; one LMDB commit shows name, metadata and
 inode range together; then, still under the write lock, the journal has it too, and only then it is "done".
@@ -7,11 +7,11 @@ Owns what this process knows of the journal; belongs to one thread, which holds 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from cidfs.errors import ChunkMissing, IndexLost, PathAbsent
+from cidfs.errors import ChunkMissing, IndexLost, InUse, PathAbsent
 from cidfs.formats import journal, record
 from cidfs.formats.digest import cid_text
 from cidfs.formats.store_path import StorePath
@@ -60,9 +60,11 @@ class Publisher:
         self._state = state
         self._journal = Journal(state.root / "journal")
         self._journalled: set[int] = set()  # serials that this process knows to be synced in the journal
+        self._checked: set[int] = set()  # indexes that were found to be no older than the journal
 
     def publish(self, index: Index, group: Sequence[Candidate]) -> list[Published]:
         """Publish a group in one transaction and have it in the journal; under the write lock."""
+        self._check_age(index)
         outcomes: list[Published] = []
         with index.write() as txn:
             foreign = self._settle_pending(txn)
@@ -76,19 +78,97 @@ class Publisher:
                     entries.append(entry)
                 if isinstance(entry, journal.Publication):
                     base += entry.count
-            frame = b""
             if entries:
                 self._raise_limit(txn, base)
-                txn.put_number("next-serial", serial + len(entries))
                 txn.put_number("next-base", base)
-                frame = journal.encode(entries)
-                txn.put("pending", number_key(serial), frame)
+            frame = self._note_entries(txn, serial, entries)
+        self._say(foreign, serial, frame)
+        return outcomes
+
+    def remove(
+        self, index: Index, group: Sequence[StorePath], leaving: Container[str], *, force: bool
+    ) -> list[StorePath]:
+        """Take a group of paths out in one transaction and have it in the journal; under the write lock.
+
+        Return those that were there. Unless forced, raise InUse when something that is not among the hash
+        parts `leaving` refers to one of them; then none is taken out.
+        """
+        self._check_age(index)
+        gone: list[StorePath] = []
+        with index.write() as txn:
+            foreign = self._settle_pending(txn)
+            entries: list[journal.Entry] = []
+            serial = txn.needed_number("next-serial")
+            for path in group:
+                key = path.hash_part.encode()
+                row = tables.find_path(txn, key)
+                if row is None or row.name != path.name.encode():
+                    continue
+                if txn.get("records", key) is None:
+                    raise IndexLost(f"{path}: its record is lost from the index; run `cidfs rebuild`")
+                staying = [r for r in tables.referrers(txn, key) if r.decode() not in leaving]
+                if staying and not force:
+                    raise InUse(f"{path}: {len(staying)} other paths refer to it by now; remove it again")
+                entry = journal.Removal(serial + len(entries), row.base, path.hash_part)
+                tables.drop_publication(txn, entry)
+                entries.append(entry)
+                gone.append(path)
+            frame = self._note_entries(txn, serial, entries)
+        self._say(foreign, serial, frame)
+        return gone
+
+    def say_pending(self, index: Index) -> None:
+        """Have all of `pending` in the journal; under the write lock."""
+        self._check_age(index)
+        with index.write() as txn:
+            foreign = self._settle_pending(txn)
+        self._say(foreign, 0, b"")
+
+    def write_checkpoint(
+        self, index: Index, serials: Sequence[int], entries: Iterable[journal.Entry]
+    ) -> None:
+        """Replace the journal by a checkpoint of what is live, then empty `pending`.
+
+        Under the write lock, with all of `pending` in the journal.
+        """
+        with index.read() as txn:
+            serial, base = txn.needed_number("next-serial"), txn.needed_number("next-base")
+        self._journal.write_checkpoint(entries, serial, base, serials=serials)
+        with index.write() as txn:
+            for key, _ in list(txn.rows("pending")):
+                txn.delete("pending", key)
+        self._journalled.clear()
+
+    def _check_age(self, index: Index) -> None:
+        """Raise IndexLost for an index that is older than the journal: it would give numbers out twice."""
+        if index.number in self._checked:
+            return
+        with index.read() as txn:
+            serial = txn.needed_number("next-serial")
+        if self._journal.last_serial() >= serial:
+            raise IndexLost(
+                f"{index.path}: the index is older than the journal; run `cidfs --state {self._state.root}"
+                " rebuild`"
+            )
+        self._checked.add(index.number)
+
+    @staticmethod
+    def _note_entries(txn: WriteTxn, serial: int, entries: Sequence[journal.Entry]) -> bytes:
+        """Put the frame of what a transaction did into `pending` and return it; empty for nothing."""
+        if not entries:
+            return b""
+        txn.put_number("next-serial", serial + len(entries))
+        frame = journal.encode(entries)
+        txn.put("pending", number_key(serial), frame)
+        return frame
+
+    def _say(self, foreign: dict[int, bytes], serial: int, frame: bytes) -> None:
+        """Append to the journal what other processes left in `pending`, and the frame of this one."""
         if foreign or frame:
             self._journal.append([*foreign.values(), *([frame] if frame else [])])
             self._journalled.update(foreign)
             if frame:
                 self._journalled.add(serial)
-        return outcomes
 
     def settle(self, index: Index) -> None:
         """Take out of `pending` what is in the journal, so that the next process need not say it again."""

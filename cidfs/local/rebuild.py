@@ -21,7 +21,7 @@ from cidfs.errors import CidfsError, FormatError, IndexLost, JournalLoss
 from cidfs.formats import frames, journal, pack, record
 from cidfs.formats.manifest import EXECUTABLE, FILE, Manifest
 from cidfs.local import tables
-from cidfs.local.files import disk_errors, sync_folder
+from cidfs.local.files import disk_errors, leads_to, sync_folder, try_flock
 from cidfs.local.index import Index, ReadTxn, WriteTxn, lengthen
 from cidfs.local.journal import Journal, Replay
 from cidfs.local.packs import PackReader
@@ -88,7 +88,7 @@ class _Rebuild:
         root = self._state.root
         with disk_errors(self._folder, "make"):
             (root / "index").mkdir(exist_ok=True)
-            self._folder.mkdir()
+        held = self._make_folder()
         try:
             index = Index(self._folder, 0, write=True, create=True, sync=False)
             try:
@@ -104,8 +104,20 @@ class _Rebuild:
                     index.close()
         finally:
             shutil.rmtree(self._folder, ignore_errors=True)
+            os.close(held)
         self._report.problems = list(dict.fromkeys(self._report.problems))  # a pack's end is read twice
         return self._report
+
+    def _make_folder(self) -> int:
+        """Make the folder of the new index and lock it, so that no collection takes it for a leftover."""
+        while True:
+            with disk_errors(self._folder, "make"):
+                self._folder.mkdir()
+                held = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            if try_flock(held) and leads_to(self._folder, held):
+                return held
+            os.close(held)
+            self._folder = self._folder.with_name(f"rebuild-{os.getpid()}-{os.urandom(4).hex()}")
 
     # --- packs
 
@@ -230,8 +242,15 @@ class _Rebuild:
             self._report.manifests = txn.entries("manifests")
             self._report.packs = txn.entries("packs")
         numbers = [int(name) for name in os.listdir(self._state.root / "index") if name.isdigit()]
+        with index.read() as txn:
+            removed = dict(tables.removed_ranges(txn))
+        oldest = min((i.serial for _, i in self._state.leases() if i.kind == "mount"), default=None)
+        remembered = {base for base, row in removed.items() if oldest is not None and oldest <= row.serial}
         return self._journal.write_checkpoint(
-            live, replay.next_serial, next_base, above=max(numbers, default=0)
+            [*live, *tables.ranges_in(replay.entries.values(), remembered)],
+            replay.next_serial,
+            next_base,
+            above=max(numbers, default=0),
         )
 
     def _ask_old_index(self, question: Callable[[ReadTxn], T]) -> T | None:

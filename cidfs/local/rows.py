@@ -147,6 +147,34 @@ class InodeRow(NamedTuple):
         return cls._make(_INODE.unpack(row))
 
 
+class RemovedRow(NamedTuple):
+    """A path that was removed and whose inode range a mount may still know.
+
+    serial: that of its removal. Stands in `meta` under `removed_key` of its base.
+    """
+
+    serial: int
+    hash_part: bytes
+    name: bytes
+
+    def packed(self) -> bytes:
+        """Return the row."""
+        return _U64.pack(self.serial) + self.hash_part + self.name
+
+    @classmethod
+    def unpack(cls, row: bytes) -> RemovedRow:
+        """Return the removed path of a row."""
+        return cls(_U64.unpack_from(row)[0], row[8:40], row[40:])
+
+
+REMOVED: Final = b"removed:"
+
+
+def removed_key(base: int) -> bytes:
+    """Return the key in `meta` of a removed path's inode range."""
+    return REMOVED + number_key(base)
+
+
 class PackRow(NamedTuple):
     """What the index refers to in a pack: bytes of frames, bytes that they unpack to, how many."""
 

@@ -170,26 +170,17 @@ class StateFolder:
     def write_lock(self, timeout: float) -> Iterator[None]:
         """Hold write.lock; raise LockTimeout naming the holder after timeout seconds."""
         path = self.root / "write.lock"
-        deadline = time.monotonic() + timeout
         if not self._thread_lock.acquire(timeout=timeout):
             raise LockTimeout(f"{path}: another thread of this process held it for {timeout:g} s")
         try:
-            with disk_errors(path, "lock"):
-                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            try:
-                pause = 0.0005
-                while not try_flock(fd):
-                    if time.monotonic() >= deadline:
-                        raise LockTimeout(f"{path}: {_holder(fd)} held it for {timeout:g} s; {_LOCK_ADVICE}")
-                    time.sleep(pause)
-                    pause = min(pause * 2, 0.05)
-                with contextlib.suppress(OSError):  # a full disk; the name is for messages alone
-                    os.pwrite(fd, f"{os.getpid():<10}\n".encode(), 0)
+            with _locked(path, timeout):
                 yield
-            finally:
-                os.close(fd)
         finally:
             self._thread_lock.release()
+
+    def collector_lock(self, timeout: float) -> contextlib.AbstractContextManager[None]:
+        """Hold gc.lock: one collection at a time. Raise LockTimeout naming the holder."""
+        return _locked(self.root / "gc.lock", timeout)
 
     # --- the inode limit
 
@@ -277,14 +268,23 @@ class StateFolder:
             mountpoint=mountpoint,
             transport=transport,
         )
-        path = self.root / "run" / f"{kind}-{os.getpid()}-{os.urandom(4).hex()}.lease"
-        temporary = path.with_suffix(".new")
-        with disk_errors(path, "write"):
-            fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-            if not try_flock(fd):
-                raise LockTimeout(f"{temporary}: is locked by another process")
-            write_all(fd, msgspec.json.encode(info), 0)
-            os.rename(temporary, path)
+        while True:
+            path = self.root / "run" / f"{kind}-{os.getpid()}-{os.urandom(4).hex()}.lease"
+            temporary = path.with_suffix(".new")
+            with disk_errors(path, "write"):
+                fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+                if not (try_flock(fd) and leads_to(temporary, fd)):
+                    os.close(fd)  # a collection took it for a leftover before it was locked
+                    continue
+                try:
+                    write_all(fd, msgspec.json.encode(info), 0)
+                    os.rename(temporary, path)
+                except BaseException:
+                    os.close(fd)
+                    with contextlib.suppress(OSError):
+                        os.unlink(temporary)
+                    raise
+                break
         self._drop_dead_leases()
         return Lease(path, fd, info)
 
@@ -319,8 +319,39 @@ class StateFolder:
         return found
 
 
-_OUR_NAMES: Final = {"write.lock", "next-inode", "journal", "packs", "index", "run", "format", "lost+found"}
+_OUR_NAMES: Final = {
+    "ballast",
+    "format",
+    "gc.lock",
+    "index",
+    "journal",
+    "lost+found",
+    "next-inode",
+    "packs",
+    "run",
+    "write.lock",
+}
 _LOCK_ADVICE: Final = "let it go on or end it, then try again"
+
+
+@contextlib.contextmanager
+def _locked(path: Path, timeout: float) -> Iterator[None]:
+    """Hold a lock file; raise LockTimeout naming the holder after timeout seconds."""
+    deadline = time.monotonic() + timeout
+    with disk_errors(path, "lock"):
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        pause = 0.0005
+        while not try_flock(fd):
+            if time.monotonic() >= deadline:
+                raise LockTimeout(f"{path}: {_holder(fd)} held it for {timeout:g} s; {_LOCK_ADVICE}")
+            time.sleep(pause)
+            pause = min(pause * 2, 0.05)
+        with contextlib.suppress(OSError):  # a full disk; the name is for messages alone
+            os.pwrite(fd, f"{os.getpid():<10}\n".encode(), 0)
+        yield
+    finally:
+        os.close(fd)
 
 
 def _has_journal(root: Path) -> bool:

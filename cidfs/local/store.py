@@ -12,20 +12,29 @@ import contextlib
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
-from cidfs.errors import ChunkInvalid, ChunkMissing, CidfsError, IndexLost, LockTimeout, StoreAbsent
+from cidfs.errors import (
+    ChunkInvalid,
+    ChunkMissing,
+    CidfsError,
+    DiskFailed,
+    IndexLost,
+    LockTimeout,
+    StoreAbsent,
+)
 from cidfs.formats import record
 from cidfs.formats.digest import cid_text
 from cidfs.formats.manifest import Manifest
 from cidfs.formats.store_path import DEFAULT_STORE_DIR, StorePath
-from cidfs.local import tables
+from cidfs.local import removal, room, tables
 from cidfs.local.files import sync_folder
 from cidfs.local.index import Index, ReadTxn, WriteTxn
+from cidfs.local.journal import Journal
 from cidfs.local.packs import CACHE, PackReader, PackWriter
 from cidfs.local.publish import Candidate, Published, Publisher
 from cidfs.local.rows import (
@@ -38,6 +47,9 @@ from cidfs.local.rows import (
     number_key,
 )
 from cidfs.local.state import DEFAULT_LOCK_TIMEOUT, FIRST_INODE, Lease, StateFolder
+from cidfs.local.totals import Totals, count
+
+T = TypeVar("T")
 
 POLL_SECONDS: Final = 0.5
 CLOSE_SECONDS: Final = 1.0
@@ -50,28 +62,6 @@ class PublishedPath:
 
     path: StorePath
     row: PathRow
-
-
-@dataclass(frozen=True, slots=True)
-class Totals:
-    """What a store holds. Bytes.
-
-    Logical is the sum of all regular files of all paths, unique that of distinct chunks.
-    """
-
-    paths: int
-    nodes: int
-    files: int
-    chunks: int
-    manifests: int
-    packs: int
-    logical: int
-    unique: int
-    stored: int
-    manifest_stored: int
-    next_serial: int
-    next_base: int
-    damaged_rows: int
 
 
 class LocalStore:
@@ -118,6 +108,7 @@ class LocalStore:
                     sync_folder(root / "index" / "1")
                     state.switch_index(1)
                     state.finish_creation()
+                    room.restore(root)
         state = StateFolder.open(root)  # perhaps another process made it meanwhile
         if state.format.store_dir != store_dir:
             raise StoreAbsent(f"{root}: a store for {state.format.store_dir}, not for {store_dir}")
@@ -131,7 +122,7 @@ class LocalStore:
     def close(self) -> None:
         """Close the index. Nothing may use this object any more."""
         if self._write:
-            with contextlib.suppress(CidfsError), self._transaction_lock(CLOSE_SECONDS) as index:
+            with contextlib.suppress(CidfsError), self.transaction(CLOSE_SECONDS) as index:
                 self._publisher.settle(index)
         self._index.close()
 
@@ -161,7 +152,8 @@ class LocalStore:
             f"{self.state.root}/index: the index is gone; run `cidfs --state {self.state.root} rebuild`"
         )
 
-    def _current(self) -> Index:
+    def current(self) -> Index:
+        """Return the index that counts now, as far as was looked within the last half second."""
         now = time.monotonic()
         if now - self._checked > POLL_SECONDS:
             self._checked = now
@@ -191,13 +183,17 @@ class LocalStore:
 
     def read(self) -> AbstractContextManager[ReadTxn]:
         """Open a read transaction on the index that counts now, for one synchronous block."""
-        return self._current().read()
+        return self.current().read()
 
     # --- look-ups
 
+    def journal(self) -> Journal:
+        """Return the journal, for reading."""
+        return Journal(self.state.root / "journal")
+
     def find(self, hash_part: bytes) -> PathRow | None:
         """Return the row of the published path with a hash part (32 ASCII bytes), or None."""
-        row = self._current().get("paths", hash_part)
+        row = self.current().get("paths", hash_part)
         return PathRow.unpack(row) if row is not None else None
 
     def find_path(self, path: StorePath) -> PathRow | None:
@@ -207,7 +203,7 @@ class LocalStore:
 
     def record_of(self, hash_part: str) -> record.Record | None:
         """Return the record of a published path, without its hints."""
-        raw = self._current().get("records", hash_part.encode())
+        raw = self.current().get("records", hash_part.encode())
         return record.decode(raw) if raw is not None else None
 
     def referrers(self, hash_part: str) -> list[str]:
@@ -228,7 +224,7 @@ class LocalStore:
 
     def place(self, database: str, digest: bytes) -> Place | None:
         """Return where a chunk (`chunks`) or a manifest (`manifests`) lies, or None."""
-        row = self._current().get(database, digest)
+        row = self.current().get(database, digest)
         return Place.unpack(row) if row is not None else None
 
     def chunk_places(self, digests: Sequence[bytes]) -> list[Place | None]:
@@ -317,36 +313,7 @@ class LocalStore:
 
     def totals(self) -> Totals:
         """Count what the store holds."""
-        nodes = files = logical = unique = stored = manifest_stored = packs = 0
-        for published in self.paths():
-            nodes += published.row.count
-            files += published.row.files
-            logical += published.row.size
-        for _, row in self.pack_rows():
-            if row.frames:
-                packs += 1
-            if row.kind > CACHE:
-                manifest_stored += row.stored
-            else:
-                unique += row.length
-                stored += row.stored
-        index = self._current()
-        with index.read() as txn:
-            return Totals(
-                paths=txn.entries("paths"),
-                nodes=nodes,
-                files=files,
-                chunks=txn.entries("chunks"),
-                manifests=txn.entries("manifests"),
-                packs=packs,
-                logical=logical,
-                unique=unique,
-                stored=stored,
-                manifest_stored=manifest_stored,
-                next_serial=max(1, txn.number("next-serial")),
-                next_base=max(FIRST_INODE, txn.number("next-base")),
-                damaged_rows=index.damaged_rows,
-            )
+        return count(self)
 
     def next_base(self) -> int:
         """Return the inode base that the next publication gets."""
@@ -355,7 +322,7 @@ class LocalStore:
 
     def free_dead_readers(self) -> int:
         """Free the reader slots of processes that died; they would keep old pages from being used again."""
-        return int(self._current().env.reader_check())
+        return int(self.current().env.reader_check())
 
     def lease(self, kind: str, *, mountpoint: str = "", transport: str = "") -> Lease:
         """Say that this process is at work from now on; before its first look-up."""
@@ -365,6 +332,11 @@ class LocalStore:
 
     # --- writing
 
+    @property
+    def publisher(self) -> Publisher:
+        """What this process knows of the journal; for who holds `transaction`."""
+        return self._publisher
+
     def pack_writer(self, kind: int) -> PackWriter:
         """Return a writer of packs of a kind that takes over an open one where it can."""
         with self.read() as txn:
@@ -373,7 +345,7 @@ class LocalStore:
         return PackWriter(self.state.root, kind, packs)
 
     @contextlib.contextmanager
-    def _transaction_lock(self, timeout: float | None = None) -> Iterator[Index]:
+    def transaction(self, timeout: float | None = None) -> Iterator[Index]:
         """Hold the write lock, with the index that counts now and a schema that we know."""
         with self.state.write_lock(self.lock_timeout if timeout is None else timeout):
             StateFolder.open(self.state.root)  # a long ingest may span an upgrade
@@ -391,18 +363,42 @@ class LocalStore:
 
         A digest that has a row keeps it, but for what was fetched and is now made here.
         """
-        with self._transaction_lock() as index, index.write() as txn:
+        with self.transaction() as index, index.write() as txn:
             for digest, place in rows:
                 old = txn.get(database, digest)
                 if old is None or (Place.unpack(old).kind == CACHE and place.kind != CACHE):
                     txn.put_place(database, digest, place)
-            self._note_packs(txn, writer)
+            self.note_packs(txn, writer)
 
     @staticmethod
-    def _note_packs(txn: WriteTxn, writer: PackWriter) -> None:
+    def note_packs(txn: WriteTxn, writer: PackWriter) -> None:
+        """Remember which packs of a writer can still be appended to."""
         for identity, sealed in writer.changed.items():
             txn.note_pack(identity, writer.kind, sealed=sealed)
         writer.changed.clear()
+
+    def with_room(self, act: Callable[[], T]) -> T:
+        """Do what frees space in the end; on a full disk a second time, without the ballast."""
+        try:
+            return act()
+        except DiskFailed:
+            if not room.release(self.state.root):
+                raise
+        with self.state.write_lock(self.lock_timeout), self._swap:
+            self._index.close()  # LMDB refuses all work after some failures
+            self._index = self._open_current()
+        return act()
+
+    def remove(
+        self,
+        paths: Sequence[StorePath],
+        *,
+        referrers: bool = False,
+        force: bool = False,
+        on_removed: Callable[[Sequence[StorePath]], None] = lambda gone: None,
+    ) -> list[StorePath]:
+        """Take paths out; return those that were not there. See `removal.remove`."""
+        return removal.remove(self, paths, referrers=referrers, force=force, on_removed=on_removed)
 
     def publish(self, group: Sequence[Candidate]) -> list[Published]:
         """Publish a group of paths in one transaction, references before referrers.
@@ -411,7 +407,7 @@ class LocalStore:
         published with the same contents is left as it is (signatures that it lacked are added); with others
         it is reported as a conflict and the rest goes on.
         """
-        with self._transaction_lock() as index:
+        with self.transaction() as index:
             return self._publisher.publish(index, group)
 
     def pack_rows(self) -> Iterator[tuple[bytes, PackRow]]:

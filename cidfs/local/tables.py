@@ -6,10 +6,12 @@ transaction; synchronous; the caller holds the write lock.
 
 from __future__ import annotations
 
-from cidfs.errors import FormatError
+from collections.abc import Container, Iterable, Iterator
+
+from cidfs.errors import FormatError, IndexLost
 from cidfs.formats import journal, record
 from cidfs.local.index import ReadTxn, WriteTxn
-from cidfs.local.rows import InodeRow, PathRow, number_key
+from cidfs.local.rows import REMOVED, InodeRow, PathRow, RemovedRow, key_number, number_key, removed_key
 
 
 def find_path(txn: ReadTxn, hash_part: bytes) -> PathRow | None:
@@ -83,14 +85,31 @@ def publications(txn: ReadTxn) -> list[journal.Publication] | None:
 
     None when a row of it is lost or damaged.
     """
-    found: list[journal.Publication] = []
+    try:
+        found = list(iterate_publications(txn))
+    except IndexLost:
+        return None
+    return found if len(found) == txn.number("count:paths") else None
+
+
+def iterate_publications(txn: ReadTxn) -> Iterator[journal.Publication]:
+    """Yield what an index has published; raise IndexLost at a row that is lost or damaged."""
     for key, raw in txn.rows("paths"):
         known = txn.get("records", key)
         if raw is None or known is None:
-            return None
+            raise IndexLost(f"{txn.index.path}: {key.decode()} is damaged; run `cidfs rebuild`")
         row = PathRow.unpack(raw)
-        found.append(journal.Publication(row.serial, row.base, row.count, row.flags, known))
-    return found if len(found) == txn.number("count:paths") else None
+        yield journal.Publication(row.serial, row.base, row.count, row.flags, known)
+
+
+def ranges_in(entries: Iterable[journal.Entry], bases: Container[int]) -> list[journal.Entry]:
+    """Return publication and removal of some inode bases, by serial: the pairs that say whose they were."""
+    found: dict[int, list[journal.Entry]] = {}
+    for entry in entries:
+        if isinstance(entry, journal.Publication | journal.Removal) and entry.base in bases:
+            found.setdefault(entry.base, []).append(entry)
+    pairs = [e for both in found.values() if len({type(e) for e in both}) == 2 for e in both]
+    return sorted(pairs, key=lambda e: e.serial)
 
 
 def referrers(txn: ReadTxn, hash_part: bytes) -> list[bytes]:
@@ -117,7 +136,10 @@ def put_amendment(txn: WriteTxn, entry: journal.Amendment) -> None:
 
 
 def drop_publication(txn: WriteTxn, entry: journal.Removal) -> None:
-    """Take a path out. Its inode range stays: the kernel may still know its numbers."""
+    """Take a path out, and who refers to it is not whole any more.
+
+    Its inode range stays, with the name that it had: the kernel may still know both.
+    """
     key = entry.hash_part.encode()
     row = find_path(txn, key)
     raw = txn.get("records", key)
@@ -127,3 +149,34 @@ def drop_publication(txn: WriteTxn, entry: journal.Removal) -> None:
         txn.delete("referrers", reference[:32].encode() + key)
     txn.delete("paths", key)
     txn.delete("records", key)
+    txn.put("meta", removed_key(row.base), RemovedRow(entry.serial, key, row.name).packed())
+    txn.put_number("removals", txn.number("removals") + 1)
+    _withdraw_whole(txn, key)
+
+
+def _withdraw_whole(txn: WriteTxn, key: bytes) -> None:
+    """Note of all that refers to a path, directly or not, that it is not whole."""
+    waiting = [key]
+    while waiting:
+        for here in referrers(txn, waiting.pop()):
+            row = find_path(txn, here)
+            if row is not None and row.whole:
+                txn.put("paths", here, _with_whole(row, 0).packed())
+                waiting.append(here)
+
+
+def removed_ranges(txn: ReadTxn) -> list[tuple[int, RemovedRow]]:
+    """Return inode base and row of the removed paths whose ranges are still kept."""
+    found = []
+    for key, raw in txn.rows("meta", REMOVED):
+        if not key.startswith(REMOVED):
+            break
+        if raw is not None:
+            found.append((key_number(key[len(REMOVED) :]), RemovedRow.unpack(raw)))
+    return found
+
+
+def drop_range(txn: WriteTxn, base: int) -> None:
+    """Forget the inode range of a removed path: no mount can know it any more."""
+    txn.delete("inodes", number_key(base))
+    txn.delete("meta", removed_key(base))

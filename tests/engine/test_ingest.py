@@ -338,7 +338,7 @@ async def test_the_places_that_were_noted_are_those_of_the_path(
 
     def publish_without_rows(store: LocalStore, group: Sequence[Candidate]) -> list[Published]:
         if "b" in [c.record.path.name for c in group]:
-            with store._transaction_lock() as index, index.write() as txn:
+            with store.transaction() as index, index.write() as txn:
                 for digest, _ in list(txn.rows("chunks")):
                     txn.drop_place("chunks", digest)
         return real(store, group)

@@ -256,7 +256,7 @@ def hold_write_lock(pipe: Connection, root: Path) -> None:
     """Hold the write lock, and a write transaction of LMDB, until told to go on."""
     with (
         LocalStore.open(root, write=True) as store,
-        store._transaction_lock() as index,
+        store.transaction() as index,
         index.write() as txn,
     ):
         txn.put_number("held", 1)

@@ -241,7 +241,7 @@ class Ledger:
                 files = contents_of(store, name)  # nothing is half visible
                 assert b"".join(files[f] for f in sorted(files, key=str.encode)) == b"".join(expected.chunks)
                 assert store.range_of(row.base + row.count - 1) is not None
-            assert store._current().damaged_rows == 0
+            assert store.current().damaged_rows == 0
         for name, base in self.bases.items():
             assert found.get(name) == base, f"{name} was promised at {base} and is at {found.get(name)}"
         end = 0

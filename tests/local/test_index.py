@@ -125,7 +125,7 @@ def test_seal_and_unseal(database: bytes, key: bytes, value: bytes) -> None:
 def test_what_is_damaged_is_as_if_it_were_not_there(root: Path) -> None:
     publish_in(root, package("a", {"x": b"x" * 100}), package("b"))
     with LocalStore.open(root, write=True) as store:
-        index = store._current()
+        index = store.current()
         for database, key in (("paths", key_of("a")), ("records", key_of("b"))):
             put_raw(index, database, key, b"\0" * 20)
         assert store.find_path(path_of("a")) is None
@@ -172,7 +172,7 @@ def test_without_its_numbers_nothing_is_published(root: Path, name: str, how: st
     """Or numbers that were given out would be given out again."""
     publish_in(root, package("a"))
     with LocalStore.open(root, write=True) as store:
-        put_raw(store._current(), "meta", name.encode(), b"\0" * 16 if how == "damaged" else None)
+        put_raw(store.current(), "meta", name.encode(), b"\0" * 16 if how == "damaged" else None)
         with pytest.raises(IndexLost, match=rf"{name}.*rebuild"):
             publish(store, package("b"))
         assert store.find_path(path_of("b")) is None
@@ -190,7 +190,7 @@ def test_without_its_numbers_nothing_is_published(root: Path, name: str, how: st
 def test_no_view_escapes(root: Path) -> None:
     with LocalStore.open(root, write=True) as store:
         publish(store, *(package(f"p{i}", {"x": noise(str(i), 100)}) for i in range(50)))
-        index = store._current()
+        index = store.current()
         with index.read() as txn:
             kept = {(d, k): v for d in DATABASES for k, v in txn.rows(d)}
             kept |= {(d, k): txn.get(d, k) for d, k in kept}

@@ -471,7 +471,7 @@ def test_a_chunk_that_was_moved_is_no_damage(root: Path, monkeypatch: pytest.Mon
         [new] = put(writer, noise("x", 500))
         writer.sync()
         looks = [old, new]
-        with store._transaction_lock() as index, index.write() as txn:
+        with store.transaction() as index, index.write() as txn:
             txn.put_place("chunks", digest, new)
         pack_path(root, OWN, old.pack).unlink()
         store.packs.forget(old.pack)

@@ -288,7 +288,7 @@ def test_what_is_made_here_beats_what_was_fetched(root: Path) -> None:
 
 def drop_rows(store: LocalStore, *rows: tuple[str, bytes]) -> None:
     """Delete rows, as a collection does that does not know of an ingest's needs."""
-    with store._transaction_lock() as index, index.write() as txn:
+    with store.transaction() as index, index.write() as txn:
         for database, digest in rows:
             txn.drop_place(database, digest)
 

@@ -77,7 +77,7 @@ def remove_by_hand(root: Path, *names: str) -> None:
     """Remove published paths as a later version will: rows, and an entry in the journal."""
     with LocalStore.open(root, write=True) as store:
         for name in names:
-            with store._transaction_lock() as index, index.write() as txn:
+            with store.transaction() as index, index.write() as txn:
                 serial = txn.needed_number("next-serial")
                 entry = journal.Removal(serial, row_of(store, name).base, path_of(name).hash_part)
                 tables.drop_publication(txn, entry)
@@ -210,7 +210,7 @@ def test_the_first_publication_since_a_removal_counts(root: Path) -> None:
     """As when the key of a path was lost from the index, and it was published again."""
     first = publish_in(root, package("a", {"x": b"x"}))["a"]
     with LocalStore.open(root, write=True) as store:
-        with store._transaction_lock() as index, index.env.begin(write=True) as raw:
+        with store.transaction() as index, index.env.begin(write=True) as raw:
             raw.delete(path_of("a").hash_part.encode(), db=index.db["paths"])
         assert lost_rows(store)
         publish(store, package("a", {"x": b"x"}))
@@ -285,7 +285,7 @@ def test_an_index_that_lost_a_row_says_nothing_again(root: Path, serial: int) ->
     key = package("b").record.path.hash_part.encode()
     with (
         LocalStore.open(root, write=True) as store,
-        store._transaction_lock() as index,
+        store.transaction() as index,
         index.env.begin(write=True) as raw,
     ):
         raw.delete(key, db=index.db["paths"])
@@ -526,7 +526,7 @@ def test_an_index_that_was_cut_short(root: Path, size: int) -> None:
 def test_the_entries_of_a_damaged_pending_row_are_said_again_from_the_other_rows(root: Path) -> None:
     assert run(publish_and_die, root, [package("a")])[0] != 0
     with LocalStore.open(root, write=True) as store:
-        with store._transaction_lock() as index, index.env.begin(write=True) as raw:
+        with store.transaction() as index, index.env.begin(write=True) as raw:
             raw.put(number_key(1), b"\0" * 99, db=index.db["pending"])
         assert journal_differences(store)
     assert any("serial 1 is lost; the index still knew" in line for line in rebuild_now(root).problems)

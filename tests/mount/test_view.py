@@ -463,7 +463,7 @@ def test_a_manifest_that_is_not_the_records(store: LocalStore) -> None:
     publish(store, package("a", {"x": b"x"}), package("b", {"y": noise("y", 100)}))
     view = StoreView(store)
     a = row_of(store, "a")
-    with store._transaction_lock() as index, index.write() as txn:
+    with store.transaction() as index, index.write() as txn:
         raw = txn.get("inodes", a.base.to_bytes(8, "big"))
         assert raw is not None
         txn.put("inodes", a.base.to_bytes(8, "big"), raw[:32] + (9).to_bytes(4, "little") + raw[36:])

@@ -28,7 +28,7 @@ from pyfuse3 import (
 
 from cidfs.errors import CidfsError, PathAbsent, errno_of
 from cidfs.mount.metrics import Latencies
-from cidfs.mount.view import Attributes, Miss, StoreView
+from cidfs.mount.view import ROOT, Attributes, Miss, StoreView
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +108,11 @@ class Pyfuse3Transport(pyfuse3.Operations):
     def close(self) -> None:
         """Give the session back, without unmounting: that is the mount session's business."""
         pyfuse3.close(unmount=False)
+
+    def forget_name(self, name: bytes) -> None:
+        """Let the kernel forget that a name was in the root; who has it open keeps what it has."""
+        # on a thread of the library's own: a request that waits for us may hold what the kernel needs for this
+        pyfuse3.invalidate_entry_async(InodeT(ROOT), FileNameT(name), ignore_enoent=True)
 
     def init(self) -> None:
         """Take INIT; the library answers it before any task runs that waits for the event."""

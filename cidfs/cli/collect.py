@@ -1,0 +1,118 @@
+"""Commands that take things out: remove, gc."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+
+from cidfs import control
+from cidfs.cli.common import GLOBALS, store_path
+from cidfs.cli.output import result, say, size_text, steps_progress
+from cidfs.errors import InUse, PathAbsent
+from cidfs.formats.store_path import StorePath
+from cidfs.local.store import LocalStore
+from cidfs.local.survey import Report
+
+
+def remove(
+    paths: Annotated[list[str], typer.Argument(metavar="PATH", help="Store paths.")],
+    referrers: Annotated[
+        bool, typer.Option("--referrers", help="With all that refers to them, directly or not.")
+    ] = False,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force", help="Also what others refer to, and also under an overlay that uses this store."
+        ),
+    ] = False,
+) -> None:
+    """Take store paths out of the store; print what was removed.
+
+    The names are gone at once, from running mounts too; who has a file of theirs open can read on. What they
+    took up is freed by `cidfs gc`.
+    """
+    with GLOBALS.open_store(write=True) as store:
+        wanted = [store_path(text, store.store_dir) for text in paths]
+        if not force:
+            _refuse_under_overlay(store)
+
+        def show(gone: Sequence[StorePath]) -> None:
+            for path in gone:
+                result(path.full(store.store_dir))
+            sys.stdout.flush()
+
+        absent = store.remove(wanted, referrers=referrers, force=force, on_removed=show)
+        _tell_mounts(store)
+    if absent:
+        more = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
+        raise PathAbsent(f"{absent[0].full(store.store_dir)}{more}: not in the store at {store.state.root}")
+
+
+def _refuse_under_overlay(store: LocalStore) -> None:
+    """Raise InUse while an overlay stands on a mount of a store."""
+    from cidfs.mount import session
+
+    for info in session.mounts():
+        if info.type == session.FILE_SYSTEM_TYPE and session.source_of(info) == store.state.root:
+            above = session.overlays_above(Path(info.mountpoint))
+            if above:
+                raise InUse(
+                    f"{above[0]}: an overlay stands on the mount at {info.mountpoint}, and Nix's database"
+                    " there may call the path valid; take the overlay down first, or say --force"
+                )
+
+
+def _tell_mounts(store: LocalStore) -> None:
+    """Have running mounts look at once; without it they look within a second or two."""
+    for path, info in store.state.leases():
+        if info.kind == "mount":
+            with contextlib.suppress(OSError, msgspec.MsgspecError):
+                control.ask(path.with_suffix(".sock"), control.Request("refresh"))
+
+
+def gc(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be freed.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The figures as JSON.")] = False,
+) -> None:
+    """Free what no store path needs: dead chunks, leftovers of killed processes, the journal's past.
+
+    Mounts and adds may run meanwhile; what a running add may still need is left to the next time. It may be
+    interrupted at any moment.
+    """
+    from cidfs.local.collect import collect
+
+    with GLOBALS.open_store(write=not dry_run) as store:
+        with steps_progress() as steps:
+            report = collect(store, dry_run=dry_run, progress=steps.remaining)
+        _tell_mounts(store)
+    for line in report.problems:
+        say(f"cidfs: {line}")
+    if as_json:
+        result(msgspec.json.encode(report).decode())
+    else:
+        _show(report, "would free" if dry_run else "freed")
+
+
+def _show(report: Report, verb: str) -> None:
+    freed = report.pack_bytes + report.sparse_bytes + report.leftover_bytes
+    packs = report.packs + report.sparse
+    dead = _count(report.dead_chunks + report.dead_manifests, "dead frame")
+    result(
+        f"{verb} {size_text(freed)}: {_count(packs, 'pack')}, {_count(report.leftovers, 'leftover')};"
+        f" {dead} of {size_text(report.dead_bytes)}; {_count(report.paths, 'store path')} stay"
+    )
+    if report.waiting:
+        say(
+            f"cidfs: {_count(report.waiting, 'pack')} of {size_text(report.waiting_bytes)} may be needed by an add"
+            " or import that runs; collect again when it has ended"
+        )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"

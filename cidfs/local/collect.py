@@ -1,0 +1,356 @@
+"""Collection: free what no published path needs, beside running mounts and ingests.
+
+The order is what makes it safe. Index and journal must agree on what is published. What a publication needs,
+and what a mount older than a removal needs, is marked without the lock; under the lock, what was published
+since is marked too, and rows of dead frames are dropped. A pack goes only when no row points into it, nobody
+writes to it, and every ingest has ended that may have looked it up before its rows went: an ingest puts rows
+that went back from the places that it noted. Each step can be the last one: the next collection goes on.
+Synchronous; one collection at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Final
+
+from cidfs.errors import CidfsError, DiskFailed, IndexLost
+from cidfs.formats import frames, journal, pack
+from cidfs.local import leftovers, room, tables
+from cidfs.local.files import disk_errors, leads_to, try_flock
+from cidfs.local.index import Index
+from cidfs.local.marks import prefix_of
+from cidfs.local.packs import MANIFEST
+from cidfs.local.rows import PackRow, PathRow, Place
+from cidfs.local.store import LocalStore
+from cidfs.local.survey import PackFile, Report, Survey, digests_of
+
+ROWS_A_TRANSACTION: Final = 2000
+ROWS_WHEN_LOW: Final = 100
+RANGES_A_TRANSACTION: Final = 1000
+SPARSE: Final = 4  # a pack is copied when one part in so many of it is dead
+ATTEMPTS: Final = 3  # where a rebuild comes in between
+JOURNAL_WASTE: Final = 8  # a checkpoint is written when one entry in so many is of no use any more
+_DATABASES: Final = {"own": "chunks", "cache": "chunks", "manifest": "manifests"}
+
+
+class _Switched(Exception):
+    """A rebuild made another index count."""
+
+
+class _Collection:
+    def __init__(self, store: LocalStore, report: Report, progress: Callable[[str, int], None]) -> None:
+        self._store = store
+        self._state = store.state
+        self._progress = progress
+        self._report = report
+        self._survey = Survey(store, report, progress)
+
+    def estimate(self) -> Report:
+        """Count what a collection would free."""
+        for path in leftovers.leftovers(self._state):
+            self._report.leftovers += 1
+            self._report.leftover_bytes += leftovers.size_of(path)
+        self._survey.list_packs()
+        self._survey.note(self._store.current())
+        self._survey.compare(pending=True)
+        self._survey.mark()
+        self._count()
+        return self._report
+
+    def run(self) -> Report:
+        self._report.waiting = self._report.waiting_bytes = 0
+        self._tidy()
+        self._survey.list_packs()
+        with self._store.transaction() as index:
+            self._store.publisher.say_pending(index)
+            self._survey.note(index)
+        self._survey.compare(pending=False)
+        self._survey.mark()
+        self._drop_rows()
+        self._drop_ranges()
+        self._drop_packs(self._empty_packs())
+        self._copy_sparse()
+        self._checkpoint()
+        return self._report
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[Index]:
+        """Hold the write lock; raise _Switched when another index counts than the one that was looked at."""
+        with self._store.transaction() as index:
+            if index.number != self._survey.index:
+                raise _Switched
+            yield index
+
+    def _tidy(self) -> None:
+        """Take away what dead processes left; it needs no room, and makes some."""
+        self._progress("looking for leftovers", 0)
+        with self._state.write_lock(self._store.lock_timeout):
+            for path in leftovers.leftovers(self._state):
+                self._report.leftovers += 1
+                self._report.leftover_bytes += leftovers.size_of(path)
+                leftovers.drop(path)
+
+    # --- dropping
+
+    def _drop_rows(self) -> None:
+        """Drop the rows of dead frames, some at a time: others publish in between."""
+        size = ROWS_WHEN_LOW if room.is_low(self._state.root) else ROWS_A_TRANSACTION
+        for name, marks in self._survey.marks.items():
+            left, _ = marks.dead()
+            for batch in marks.dead_batches(size):
+                self._progress(f"dropping {name}", left)
+                left -= len(batch)
+                with self._store.read() as txn:
+                    self._survey.mark_new(txn)  # most of it without the lock
+                with self._locked() as index, index.write() as write:
+                    self._survey.mark_new(write)
+                    for prefix in batch:
+                        if not marks.is_needed(prefix):
+                            for digest in digests_of(write, name, prefix):
+                                write.drop_place(name, digest)
+
+    def _drop_ranges(self) -> None:
+        """Forget inode ranges of removed paths that no mount can know any more."""
+        for i in range(0, len(self._survey.unneeded), RANGES_A_TRANSACTION):
+            with self._locked() as index, index.write() as txn:
+                for base in self._survey.unneeded[i : i + RANGES_A_TRANSACTION]:
+                    tables.drop_range(txn, base)
+                    self._report.ranges += 1
+
+    def _empty_packs(self) -> list[bytes]:
+        """Return the packs in which nothing is needed."""
+        live = self._survey.live_bytes()
+        return [identity for identity in self._survey.packs if not live.get(identity)]
+
+    def _drop_packs(self, candidates: list[bytes]) -> int:
+        """Unlink packs without rows that nobody writes to and no ingest may have looked up; count them."""
+        running = {path for path, info in self._state.leases() if info.kind != "mount"}
+        gone = 0
+        for number, identity in enumerate(candidates):
+            self._progress("removing packs", len(candidates) - number)
+            here = self._survey.packs[identity]
+            with self._locked() as index:
+                if running and running & {path for path, _ in self._state.leases()}:
+                    self._report.waiting += 1
+                    self._report.waiting_bytes += here.size
+                    continue
+                if self._unlink(index, identity, here):
+                    gone += 1
+                    self._report.packs += 1
+                    self._report.pack_bytes += here.size
+        return gone
+
+    def _unlink(self, index: Index, identity: bytes, here: PackFile) -> bool:
+        """Unlink a pack that has no rows, under the write lock and the pack's own."""
+        with index.read() as txn:
+            raw = txn.get("packs", identity)
+        if raw is not None and PackRow.unpack(raw).frames:
+            return False
+        try:
+            fd = os.open(here.path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        try:
+            unused = try_flock(fd) and leads_to(here.path, fd) and os.fstat(fd).st_size == here.size
+            if not unused or self._holds_missing(fd, here):
+                return False
+            with disk_errors(here.path, "remove"):
+                os.unlink(here.path)
+            here.path.with_name(here.path.name + ".bad").unlink(missing_ok=True)
+        finally:
+            os.close(fd)
+        with index.write() as write:
+            write.note_pack(identity, here.kind, sealed=True)  # nobody shall look for it to append to it
+            write.drop_pack(identity)
+        return True
+
+    def _holds_missing(self, fd: int, here: PackFile) -> bool:
+        """Say whether a pack without rows holds a frame that a published path needs: then rows were lost."""
+        missing = self._survey.marks["manifests" if here.kind == MANIFEST else "chunks"].missing
+        if not missing:
+            return False
+        for item in frames.scan(os.pread(fd, here.size, 0)):
+            if isinstance(item, frames.Found) and prefix_of(item.header.digest) in missing:
+                self._report.problems.append(
+                    f"{here.path}: holds what the index has lost; run `cidfs rebuild`, then collect again"
+                )
+                return True
+        return False
+
+    # --- sparse packs
+
+    def _sparse(self) -> list[bytes]:
+        """Return the packs of which much is dead, those first that free most for what is copied."""
+        live = self._survey.live_bytes()
+        found = []
+        for identity, here in self._survey.packs.items():
+            needed = live.get(identity, 0)
+            if needed and here.path.exists():
+                used = _frames_end(here) - len(pack.HEADER)
+                unsure = here.path.with_name(
+                    here.path.name + ".bad"
+                ).exists()  # what it holds may be in memory
+                if (used - needed) * SPARSE >= used or unsure:
+                    found.append((0.0 if unsure else needed / used, identity))
+        return [identity for _, identity in sorted(found)]
+
+    def _copy_sparse(self) -> None:
+        """Copy what is needed out of sparse packs, so that they can go. Not while an ingest may need them."""
+        if any(info.kind != "mount" for _, info in self._state.leases()):
+            return
+        sparse = self._sparse()
+        for number, identity in enumerate(sparse):
+            self._progress("copying out of sparse packs", len(sparse) - number)
+            here = self._survey.packs[identity]
+            try:
+                with self._held(here) as held:
+                    copied = held and self._copy(identity, here)
+            except DiskFailed as e:
+                self._report.problems.append(f"{here.path}: not copied, there is no room for it ({e})")
+                return
+            if copied and self._drop_packs([identity]):
+                self._report.packs -= 1
+                self._report.pack_bytes -= here.size
+                self._report.sparse += 1
+                self._report.sparse_bytes += here.size - copied
+
+    @contextlib.contextmanager
+    def _held(self, here: PackFile) -> Iterator[bool]:
+        """Hold a pack's lock, so that nobody appends to it; say whether it could be had."""
+        try:
+            fd = os.open(here.path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            yield False
+            return
+        try:
+            yield try_flock(fd) and leads_to(here.path, fd) and os.fstat(fd).st_size == here.size
+        finally:
+            os.close(fd)
+
+    def _copy(self, identity: bytes, here: PackFile) -> int:
+        """Copy the frames of a pack that have rows, and move the rows; return the bytes that were copied."""
+        name = "manifests" if here.kind == MANIFEST else "chunks"
+        places: list[tuple[bytes, Place]] = []
+        with self._store.read() as txn:
+            for prefix in self._survey.marks[name].rows_in(identity):
+                for digest in digests_of(txn, name, prefix):
+                    raw = txn.get(name, digest)
+                    if raw is not None and (place := Place.unpack(raw)).pack == identity:
+                        places.append((digest, place))
+        places.sort(key=lambda item: item[1].offset)
+        writer = self._store.pack_writer(here.kind)
+        moved: list[tuple[bytes, Place, Place]] = []
+        copied = 0
+        try:
+            for digest, place in dict(places).items():
+                try:
+                    stored = self._store.packs.read_stored(digest, place)
+                    frames.read_data(stored, frames.read_header(stored))
+                except CidfsError as e:  # it stays where it is, for `verify` to name and repair
+                    self._report.problems.append(f"{e}")
+                    continue
+                data = stored[frames.HEADER_SIZE :]
+                new = writer.append(digest, place.encoding, data, place.length)
+                moved.append((digest, place, new))
+                copied += len(stored)
+            writer.sync()
+            for i in range(0, max(1, len(moved)), ROWS_A_TRANSACTION):
+                with self._locked() as index, index.write() as txn:
+                    for digest, old, new in moved[i : i + ROWS_A_TRANSACTION]:
+                        if txn.get(name, digest) == old.packed():
+                            txn.put_place(name, digest, new)
+                    self._store.note_packs(txn, writer)
+        finally:
+            writer.close()
+        self._store.packs.forget(identity)
+        return copied if len(moved) == len(dict(places)) else 0
+
+    # --- the journal's checkpoint
+
+    def _checkpoint(self) -> None:
+        """Write the journal anew where much of it tells of what is gone."""
+        if self._survey.garbage <= 0 or self._survey.garbage * JOURNAL_WASTE < self._report.entries:
+            return
+        self._progress("writing the journal anew", 0)
+        bases, ranges = self._removed_entries()
+        with self._locked() as index:
+            self._store.publisher.say_pending(index)
+            with index.read() as txn:
+                if {base for base, _ in tables.removed_ranges(txn)} != bases:
+                    bases, ranges = self._removed_entries()
+                serials = [PathRow.unpack(raw).serial for _, raw in txn.rows("paths") if raw is not None]
+                if len(serials) != txn.number("count:paths"):
+                    raise IndexLost(f"{index.path}: rows of `paths` are lost; run `cidfs rebuild`")
+                live = tables.iterate_publications(txn)
+                self._store.publisher.write_checkpoint(
+                    index,
+                    [*serials, *(e.serial for e in ranges)],
+                    (e for part in (ranges, live) for e in part),
+                )
+
+    def _removed_entries(self) -> tuple[set[int], list[journal.Entry]]:
+        """Return the ranges that a mount may still know, and what the journal says of them."""
+        with self._store.read() as txn:
+            bases = {base for base, _ in tables.removed_ranges(txn)}
+        return bases, tables.ranges_in(self._store.journal().replay().entries.values(), bases)
+
+    # --- what would be done
+
+    def _count(self) -> None:
+        """Count what would go."""
+        running = any(info.kind != "mount" for _, info in self._state.leases())
+        self._report.ranges = len(self._survey.unneeded)
+        for identity in self._empty_packs():
+            size = self._survey.packs[identity].size
+            if running:
+                self._report.waiting += 1
+                self._report.waiting_bytes += size
+            else:
+                self._report.packs += 1
+                self._report.pack_bytes += size
+        live = self._survey.live_bytes()
+        for identity in [] if running else self._sparse():
+            self._report.sparse += 1
+            self._report.sparse_bytes += self._survey.packs[identity].size - live[identity]
+
+
+def _frames_end(here: PackFile) -> int:
+    """Return where the frames of a pack end: at its footer, if it has one."""
+    with disk_errors(here.path, "read"), open(here.path, "rb") as file:
+        file.seek(max(0, here.size - pack.TRAILER_SIZE))
+        tail = file.read(pack.TRAILER_SIZE)
+    try:
+        trailer = pack.read_trailer(tail, here.size)
+    except CidfsError:
+        trailer = None
+    return trailer[0] if trailer is not None else here.size
+
+
+def collect(
+    store: LocalStore,
+    *,
+    dry_run: bool = False,
+    progress: Callable[[str, int], None] = lambda label, left: None,
+) -> Report:
+    """Free what nobody needs; with dry_run, only say what would be freed.
+
+    progress is told a stage and how many of its steps are left. Raises Damaged or IndexLost where index and
+    journal do not agree on what is published; LockTimeout while another collection runs.
+    """
+    report = Report()
+    if dry_run:
+        return _Collection(store, report, progress).estimate()
+    root = store.state.root
+    with store.state.collector_lock(store.lock_timeout):
+        if room.is_low(root):
+            room.release(root)
+        try:
+            for _ in range(ATTEMPTS):
+                with contextlib.suppress(_Switched):
+                    return store.with_room(lambda: _Collection(store, report, progress).run())
+        finally:
+            room.restore(root)
+    report.problems.append("the index was rebuilt again and again meanwhile: collect again")
+    return report
