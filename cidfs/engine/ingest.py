@@ -11,22 +11,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import msgspec
 import trio
 
 from cidfs.engine.progress import Progress
-from cidfs.engine.sources import Batch, Tree
+from cidfs.engine.sources import Batch, Data, Tree
 from cidfs.engine.wanted import Wanted
 from cidfs.errors import CidfsError, HashMismatch
+from cidfs.formats import frames
 from cidfs.formats.chunking import encode
 from cidfs.formats.digest import digest_of, sha256_text
 from cidfs.formats.manifest import EXECUTABLE, FILE, Manifest
 from cidfs.formats.record import Record
 from cidfs.formats.store_path import fixed_output_ca, fixed_output_path
-from cidfs.local.packs import CACHE, MANIFEST, OWN
+from cidfs.local.packs import CACHE, MANIFEST, OWN, PackWriter, SyncFailed
 from cidfs.local.publish import Candidate, Published
 from cidfs.local.rows import Place
 from cidfs.local.store import LocalStore
@@ -36,9 +37,10 @@ GROUP_CHUNKS: Final = 200_000
 GROUP_SECONDS: Final = 0.2
 ROWS_A_TRANSACTION: Final = 2000
 BATCHES_AHEAD: Final = 8
+SYNC_ATTEMPTS: Final = 3
 
 
-Encoded = list[tuple[bytes, Place | None, int, bytes, int]]
+Encoded = list[tuple[bytes, Place | None, int, Data, int]]
 
 
 @dataclass(slots=True)
@@ -172,8 +174,8 @@ class _Ingest:
                 seen.add(digest)
                 encoding, stored = encode(data)
                 encoded.append((digest, None, encoding, stored, len(data)))
-            else:
-                encoded.append((digest, place, -1, b"", len(data)))
+            else:  # should its row go, as that of a chunk that nothing needs yet may, the data is needed again
+                encoded.append((digest, place, -1, data if place is None else b"", len(data)))
         return encoded
 
     # --- writing and publishing
@@ -238,10 +240,10 @@ class _Ingest:
             found = here[digest]
             if found is not None and found.kind != CACHE:
                 continue
-            if encoding < 0:  # it was in another batch of this ingest, which has its row by now or has moved
-                raise CidfsError("a chunk was expected to be stored already and is not; add the path again")
+            if encoding < 0:  # it was in another batch, got its row, and a collection dropped that
+                encoding, stored = encode(stored)
             waiting.add(digest)
-            new.append((digest, encoding, stored, length))
+            new.append((digest, encoding, bytes(stored), length))
         if new:
             for item, place in zip(new, self._own.append_many(new), strict=True):
                 self._new_chunks[item[0]] = place
@@ -296,8 +298,8 @@ class _Ingest:
 
     def _commit_rows(self) -> None:
         """Make what was appended durable, then give it rows."""
-        self._own.sync()
-        self._manifests.sync()
+        self._sync(self._own, self._new_chunks)
+        self._sync(self._manifests, self._new_manifests)
         for database, new, writer in (
             ("chunks", self._new_chunks, self._own),
             ("manifests", self._new_manifests, self._manifests),
@@ -307,16 +309,38 @@ class _Ingest:
                 self._store.put_places(database, rows[i : i + ROWS_A_TRANSACTION], writer)
             new.clear()
 
+    def _sync(self, writer: PackWriter, new: dict[bytes, Place]) -> None:
+        """Sync packs; what stands in one that cannot be synced is read, judged and stored again elsewhere."""
+        for _ in range(SYNC_ATTEMPTS):
+            try:
+                writer.sync()
+                return
+            except SyncFailed as e:
+                for digest, place in list(new.items()):
+                    if place.pack == e.pack:
+                        new[digest] = self._store_again(writer, digest, place)
+        writer.sync()
+
+    def _store_again(self, writer: PackWriter, digest: bytes, old: Place) -> Place:
+        stored = self._store.packs.read_stored(digest, old)
+        frames.read_data(stored, frames.read_header(stored))  # by digest: it may be all that is left
+        new = writer.append(digest, old.encoding, stored[frames.HEADER_SIZE :], old.length)
+        for places in (self._places, *(c.places for c in self._ready)):
+            if isinstance(places, bytearray):
+                places[:] = places.replace(old.packed(), new.packed())
+        self._ready = [replace(c, manifest_place=new) if c.manifest_place == old else c for c in self._ready]
+        return new
+
     async def _flush(self) -> None:
         """Publish the finished paths."""
-        ready, self._ready, self._ready_chunks = self._ready, [], 0
-        if ready:
-            outcomes = await trio.to_thread.run_sync(self._publish, ready)
+        if self._ready:
+            outcomes = await trio.to_thread.run_sync(self._publish)
             self.outcomes += outcomes
             self._on_published(outcomes)
 
-    def _publish(self, ready: Sequence[Candidate]) -> list[Published]:
+    def _publish(self) -> list[Published]:
         self._commit_rows()
+        ready, self._ready, self._ready_chunks = self._ready, [], 0
         return self._store.publish(ready)
 
 

@@ -34,6 +34,14 @@ def pack_path(root: Path, kind: int, identity: bytes) -> Path:
     return root / "packs" / PACK_KINDS[kind] / name[:2] / name
 
 
+class SyncFailed(DiskFailed):
+    """A pack could not be synced; what was written to it since the last sync may be lost."""
+
+    def __init__(self, message: str, identity: bytes) -> None:
+        super().__init__(message)
+        self.pack = identity
+
+
 class _OpenFile:
     """A descriptor that closes when its last user lets go of it."""
 
@@ -258,7 +266,10 @@ class PackWriter:
         self._open = None  # stays locked and unsynced until sync()
 
     def sync(self) -> None:
-        """Make everything appended so far durable; raise DiskFailed and mark the pack when that fails."""
+        """Make everything appended so far durable; raise SyncFailed and mark the pack when that fails.
+
+        The other packs are still to be synced then: by calling this again.
+        """
         for current in list(self._unsynced):
             try:
                 if current.dirty:
@@ -269,7 +280,7 @@ class PackWriter:
                     current.bad_mark.touch()
                     sync_folder(current.path.parent)
                 self._drop(current)
-                raise mapped(e, current.path, "sync") from e
+                raise SyncFailed(str(mapped(e, current.path, "sync")), current.identity) from e
             if not current.folder_synced:
                 sync_folder(current.path.parent)
                 current.folder_synced = True
