@@ -70,6 +70,10 @@ class Child:
         self._process.kill()
         self._process.join(SECONDS)
 
+    def is_alive(self) -> bool:
+        """Say whether it still runs."""
+        return bool(self._process.is_alive())
+
     def end(self) -> int:
         """Wait for its end and return its exit code."""
         self._process.join(SECONDS)

@@ -22,6 +22,7 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
     with tempfile.TemporaryDirectory(prefix="cidfs-test-", dir=_where()) as folder:
         LocalStore.open(Path(folder) / "store", create=True).close()
+        (Path(folder) / "store" / "ballast").unlink(missing_ok=True)  # megabytes, copied for each test
         yield Path(folder) / "store"
 
 
