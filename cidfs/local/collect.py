@@ -248,8 +248,10 @@ class _Collection:
                 try:
                     stored = self._store.packs.read_stored(digest, place)
                     frames.read_data(stored, frames.read_header(stored))
-                except CidfsError as e:  # it stays where it is, for `verify` to name and repair
-                    self._report.problems.append(f"{e}")
+                except CidfsError:  # it stays where it is, for `verify` to name and repair
+                    self._report.problems.append(
+                        f"{here.path}: the frame at {place.offset} is damaged and stays; see `cidfs verify`"
+                    )
                     continue
                 data = stored[frames.HEADER_SIZE :]
                 new = writer.append(digest, place.encoding, data, place.length)

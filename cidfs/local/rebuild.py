@@ -12,27 +12,25 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Final, TypeVar
 
 from cidfs.errors import CidfsError, FormatError, IndexLost, JournalLoss
-from cidfs.formats import frames, journal, pack, record
+from cidfs.formats import journal, record
 from cidfs.formats.manifest import EXECUTABLE, FILE, Manifest
 from cidfs.local import tables
 from cidfs.local.files import disk_errors, leads_to, sync_folder, try_flock
 from cidfs.local.index import Index, ReadTxn, WriteTxn, lengthen
 from cidfs.local.journal import Journal, Replay
+from cidfs.local.pack_scan import PackScan
 from cidfs.local.packs import PackReader
-from cidfs.local.rows import PACK_ID_SIZE, Place
-from cidfs.local.state import FIRST_INODE, PACK_KINDS, StateFolder
+from cidfs.local.rows import Place, RemovedRow, number_key, removed_key
+from cidfs.local.state import FIRST_INODE, StateFolder
 
 T = TypeVar("T")
 
-ROWS_A_TRANSACTION: Final = 20_000
 ENTRIES_A_TRANSACTION: Final = 2_000
-_MANIFEST_KIND: Final = 2
 
 
 @dataclass
@@ -46,41 +44,15 @@ class Report:
     problems: list[str] = field(default_factory=list)
 
 
-@dataclass
-class _Seen:
-    """How far a pack was read."""
-
-    path: Path
-    sealed: bool
-    end: int
-
-
-def _identity(name: str) -> bytes | None:
-    try:
-        raw = bytes.fromhex(name)
-    except ValueError:
-        return None
-    return raw if len(raw) == PACK_ID_SIZE and raw.hex() == name else None
-
-
-def all_packs(root: Path) -> Iterator[tuple[bytes, int, Path]]:
-    """Yield identity, kind and path of every pack file of a store."""
-    for kind, word in enumerate(PACK_KINDS):
-        for folder in sorted((root / "packs" / word).iterdir()):
-            for name in sorted(os.listdir(folder)):
-                identity = _identity(name)
-                if identity is not None:
-                    yield identity, kind, folder / name
-
-
 class _Rebuild:
     def __init__(self, state: StateFolder, lock_timeout: float, progress: Callable[[str, int], None]) -> None:
         self._state = state
         self._timeout = lock_timeout
         self._progress = progress
         self._report = Report()
-        self._seen: dict[bytes, _Seen] = {}
-        self._copies: dict[bytes, list[tuple[str, Place]]] = {}  # of digests that lie in several places
+        self._packs = PackScan(state.root, self._report.problems, progress)
+        self._carried: list[tuple[int, RemovedRow, bytes]] = []  # ranges that only the old index knows
+        self._removed: set[int] = set()  # bases of what was removed
         self._journal = Journal(state.root / "journal")
         self._folder = state.root / "index" / f"rebuild-{os.getpid()}-{os.urandom(4).hex()}"
 
@@ -92,7 +64,7 @@ class _Rebuild:
         try:
             index = Index(self._folder, 0, write=True, create=True, sync=False)
             try:
-                self._scan_all(index)
+                self._packs.read_all(index)
                 with self._state.write_lock(self._timeout):
                     StateFolder.open(root)
                     number = self._finish(index, accept_loss)
@@ -119,99 +91,12 @@ class _Rebuild:
             os.close(held)
             self._folder = self._folder.with_name(f"rebuild-{os.getpid()}-{os.urandom(4).hex()}")
 
-    # --- packs
-
-    def _scan_all(self, index: Index) -> None:
-        packs = list(all_packs(self._state.root))
-        for number, (identity, kind, path) in enumerate(packs):
-            self._progress("reading packs", len(packs) - number)
-            self._scan(index, identity, kind, path)
-
-    def _scan(self, index: Index, identity: bytes, kind: int, path: Path) -> None:
-        """Read the rows of a pack, or what was appended since it was read before."""
-        seen = self._seen.get(identity)
-        start = seen.end if seen is not None else len(pack.HEADER)
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return
-        with disk_errors(path, "read"):
-            try:
-                os.fdatasync(fd)
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-                sync_folder(path.parent)
-                size = os.fstat(fd).st_size
-                rows = self._footer(fd, path, size)
-                sealed = rows is not None
-                end = size
-                if rows is None:
-                    rows, end = self._scan_frames(fd, path, start, size)
-                rows = [row for row in rows if row.offset >= start]
-            finally:
-                os.close(fd)
-        self._seen[identity] = _Seen(path, sealed, end)
-        wanted = frames.KIND_MANIFEST if kind == _MANIFEST_KIND else frames.KIND_CHUNK
-        database = "manifests" if kind == _MANIFEST_KIND else "chunks"
-        for i in range(0, len(rows), ROWS_A_TRANSACTION):
-            with index.write() as txn:
-                for row in rows[i : i + ROWS_A_TRANSACTION]:
-                    if row.kind == wanted:
-                        place = Place(identity, row.offset, row.stored, row.length, kind, row.encoding)
-                        self._put(txn, database, row.digest, place)
-        with index.write() as txn:
-            txn.note_pack(identity, kind, sealed=sealed or size >= pack.ROLL_SIZE)
-
-    def _put(self, txn: WriteTxn, database: str, digest: bytes, place: Place) -> None:
-        raw = txn.get(database, digest)
-        if raw is None:
-            txn.put_place(database, digest, place)
-            return
-        old = Place.unpack(raw)
-        if old != place:
-            copies = self._copies.setdefault(digest, [(database, old)])
-            copies.append((database, place))
-            if old.kind != 0 and place.kind == 0:  # what was made here beats what was fetched
-                txn.put_place(database, digest, place)
-
-    def _footer(self, fd: int, path: Path, size: int) -> list[pack.Row] | None:
-        try:
-            trailer = pack.read_trailer(
-                os.pread(fd, pack.TRAILER_SIZE, max(0, size - pack.TRAILER_SIZE)), size
-            )
-            if trailer is None:
-                return None
-            offset, length = trailer
-            return pack.read_footer(os.pread(fd, length, offset), offset)
-        except FormatError as e:
-            self._report.problems.append(f"{path}: {e}; read from its frames instead")
-            return None
-
-    def _scan_frames(self, fd: int, path: Path, start: int, size: int) -> tuple[list[pack.Row], int]:
-        rows: list[pack.Row] = []
-        end = start
-        data = os.pread(fd, max(0, size - start), start)  # nothing, where not even the header was kept
-        for found in frames.scan(data):
-            if isinstance(found, frames.Gap):
-                self._report.problems.append(
-                    f"{path}: bytes {start + found.offset} to {start + found.end} belong to no whole frame"
-                )
-            else:
-                rows.append(pack.row_of(start + found.offset, found.header))
-                end = start + found.offset + found.header.size
-        return rows, end
-
     # --- under the lock
 
     def _finish(self, index: Index, accept_loss: bool) -> int:
         """Bring the new index up to what is true now; return its number."""
         self._append_old_pending()
-        for identity, seen in list(self._seen.items()):
-            if not seen.path.exists():
-                self._forget(index, identity)
-        for identity, kind, path in list(all_packs(self._state.root)):
-            known = self._seen.get(identity)
-            if known is None or (not known.sealed and path.stat().st_size > known.end):
-                self._scan(index, identity, kind, path)
+        self._packs.catch_up(index)
         replay = self._journal.replay()
         self._report.problems += replay.damage
         self._fill_gaps(replay)
@@ -223,6 +108,10 @@ class _Rebuild:
             )
         self._report.problems += [f"journal: serial {s} is lost" for s in replay.missing]
         live = self._apply(index, replay)
+        with index.write() as txn:
+            for base, row, raw in self._carried:
+                txn.put("inodes", number_key(base), raw)
+                txn.put("meta", removed_key(base), row.packed())
         try:
             limit = self._state.inode_limit()
         except FormatError as e:
@@ -290,29 +179,16 @@ class _Rebuild:
                 f"journal: serial {s} is lost; the index still knew what it came to" for s in replay.missing
             ]
             replay.entries = {entry.serial: entry for entry in published}
+            self._carried = self._ask_old_index(_removed_ranges) or []
             replay.missing = []
             replay.next_base = max(replay.next_base, next_base)
         replay.next_serial = max(replay.next_serial, next_serial)
-
-    def _forget(self, index: Index, identity: bytes) -> None:
-        """Drop the rows of a pack that a collection took away meanwhile; another copy takes their place."""
-        del self._seen[identity]
-        with index.write() as txn:
-            for database in ("chunks", "manifests"):
-                for digest, raw in list(txn.rows(database)):
-                    if raw is None or Place.unpack(raw).pack != identity:
-                        continue
-                    txn.drop_place(database, digest)
-                    for where, place in self._copies.get(digest, []):
-                        if where == database and place.pack != identity and place.pack in self._seen:
-                            txn.put_place(database, digest, place)
-                            break
-            txn.drop_pack(identity)
 
     def _apply(self, index: Index, replay: Replay) -> list[journal.Publication]:
         """Replay the journal into the new index; return what is live, with its latest records."""
         live: dict[str, journal.Publication] = {}
         serials = sorted(replay.entries)
+        self._removed = {e.base for e in replay.entries.values() if isinstance(e, journal.Removal)}
         reader = PackReader(self._state.root)
         for i in range(0, len(serials), ENTRIES_A_TRANSACTION):
             self._progress("replaying the journal", len(serials) - i)
@@ -333,7 +209,9 @@ class _Rebuild:
                 rec = record.decode(entry.record)
                 if rec.path.hash_part in live:
                     return  # the first publication since the last removal counts
-                size, files = self._measure(txn, rec, reader)
+                # of one that was removed, what it needs may have been collected
+                gone = entry.base in self._removed
+                size, files = (0, 0) if gone else self._measure(txn, rec, reader)
                 tables.put_publication(txn, entry, rec, size=size, files=files)
                 live[rec.path.hash_part] = entry
             case journal.Amendment():
@@ -375,6 +253,11 @@ class _Rebuild:
         for name in os.listdir(folder):
             if name.isdigit() and int(name) != number:
                 shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def _removed_ranges(txn: ReadTxn) -> list[tuple[int, RemovedRow, bytes]]:
+    found = [(base, row, txn.get("inodes", number_key(base))) for base, row in tables.removed_ranges(txn)]
+    return [(base, row, raw) for base, row, raw in found if raw is not None]
 
 
 def rebuild(

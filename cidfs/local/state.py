@@ -25,7 +25,15 @@ from typing import Any, Final
 
 import msgspec
 
-from cidfs.errors import FormatError, IndexLost, LockTimeout, NotPermitted, StoreAbsent, StoreVersion
+from cidfs.errors import (
+    CidfsError,
+    FormatError,
+    IndexLost,
+    LockTimeout,
+    NotPermitted,
+    StoreAbsent,
+    StoreVersion,
+)
 from cidfs.formats.chunking import PARAMETERS
 from cidfs.formats.digest import checksum
 from cidfs.local.files import (
@@ -163,6 +171,13 @@ class StateFolder:
         """Make the store valid: called under the write lock, after its first index exists."""
         replace_durably(self.root / "format", msgspec.json.format(msgspec.json.encode(self.format)) + b"\n")
         sync_folder(self.root.parent)
+        # whoever made the folders above may have died before syncing them: up to the file system's root
+        device = self.root.stat().st_dev
+        for folder in self.root.absolute().parents[1:]:
+            with contextlib.suppress(CidfsError, OSError):
+                if folder.stat().st_dev != device:
+                    break
+                sync_folder(folder)
 
     # --- the write lock
 

@@ -16,7 +16,7 @@ from cidfs.formats import frames, journal, record
 from cidfs.local import tables
 from cidfs.local.index import Index, ReadTxn
 from cidfs.local.marks import Marks, key_of, prefix_of
-from cidfs.local.rebuild import all_packs
+from cidfs.local.pack_scan import all_packs
 from cidfs.local.rows import InodeRow, RemovedRow, key_number, number_key
 from cidfs.local.store import LocalStore
 

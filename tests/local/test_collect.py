@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,7 +36,6 @@ from tests.local.support import (
     pack_files,
     package,
     path_of,
-    publish,
     publish_in,
     row_of,
     rows_in,
@@ -89,11 +89,10 @@ def whole(root: Path, name: str) -> int:
 
 def test_a_removed_path_is_gone_and_its_references_stay(root: Path) -> None:
     publish_in(root, KEPT, GONE)
-    with LocalStore.open(root) as store:
+    with LocalStore.open(root, write=True) as store:
         watching = Removals(store)
         assert watching.new() == []
-        assert remove_in(root, "gone") == ["gone"]
-        store.refresh()
+        assert store.remove([path_of("gone"), path_of("absent")]) == [path_of("absent")]
         assert watching.new() == [path_of("gone").base_name.encode()]
         assert watching.new() == []
         assert store.find(key_of("gone")) is None
@@ -197,29 +196,30 @@ def test_a_dry_run_changes_nothing(root: Path, room: Path) -> None:
 @pytest.mark.parametrize("again", [False, True], ids=["", "rebuilt"])
 def test_a_mount_older_than_the_removal_keeps_what_it_knows(root: Path, again: bool) -> None:
     base = publish_in(root, KEPT, GONE)["gone"].base
-    with LocalStore.open(root) as store:
-        mount = store.lease("mount")
-        remove_in(root, "gone")
-        later = store.lease("mount")
+    state = StateFolder.open(root)
+    mount = state.take_lease("mount", 3)
+    remove_in(root, "gone")
+    later = state.take_lease("mount", 4)
+    collect_in(root)
+    if again:
+        shutil.rmtree(root / "index")
+        rebuild_in(root)
+        shutil.rmtree(root / "index")  # from the checkpoint of the first
+        rebuild_in(root)
         collect_in(root)
-        if again:
-            shutil.rmtree(root / "index")
-            rebuild_in(root)
-            shutil.rmtree(root / "index")  # from the checkpoint of the first
-            rebuild_in(root)
-            collect_in(root)
-        store.refresh()
+    with LocalStore.open(root) as store:
         found = store.range_of(base)
         assert found is not None
         manifest = store.read_manifest(found[1].manifest)
         for i in range(manifest.chunk_count):
             store.read_chunk(manifest.chunk(i)[0])
-        mount.release()
-        assert collect_in(root).ranges == 1
+    mount.release()
+    assert collect_in(root).ranges == 1
+    with LocalStore.open(root) as store:
         assert store.range_of(base) is None
         with pytest.raises(ChunkMissing):
             store.read_chunk(digest_of(noise("gone", 9000)))
-        later.release()
+    later.release()
     rebuild_in(root)
     is_sound(root)
 
@@ -327,6 +327,36 @@ def _remove(root: Path) -> None:
     remove_in(root, "kept", force=True)
 
 
+class Other:
+    """Another process, begun before any index is open in this one, that acts at one step of a collection."""
+
+    def __init__(self, act: Callable[[Path], object], root: Path, step: int) -> None:
+        self._left = step
+        self.done = False
+        waiting, self._go = os.pipe()
+        self._child = os.fork()
+        if self._child == 0:
+            try:
+                os.close(self._go)
+                if os.read(waiting, 1):
+                    act(root)
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(1)
+        os.close(waiting)
+
+    def at(self, label: str, left: int) -> None:
+        """Act when it is time."""
+        self._left -= 1
+        if self._left == -1:
+            os.write(self._go, b"x")
+            os.close(self._go)
+            assert os.waitpid(self._child, 0)[1] == 0, label
+            self.done = True
+
+
 @pytest.mark.parametrize("act", [_publish_dead, _rebuild, _remove])
 def test_others_at_any_step_of_a_collection(small: Path, room: Path, act: Callable[[Path], object]) -> None:
     publish_in(small, KEPT, GONE, package("third", {"x": noise("third", 3000)}))
@@ -335,24 +365,9 @@ def test_others_at_any_step_of_a_collection(small: Path, room: Path, act: Callab
     assert count > 6
     for step in range(count):
         root = copy_store(small, room / str(step))
-        left = step
-        child = 0
-
-        def at(label: str, steps: int, root: Path = root) -> None:
-            nonlocal left, child
-            left -= 1
-            if left == -1:  # in another process: two environments of one index may not be open in one
-                child = os.fork()
-                if child == 0:
-                    try:
-                        act(root)
-                        os._exit(0)
-                    finally:
-                        os._exit(1)
-                assert os.waitpid(child, 0)[1] == 0, f"step {step}: {label}"
-
-        collect_in(root, at=at)
-        assert child
+        other = Other(act, root, step)
+        collect_in(root, at=other.at)
+        assert other.done
         with LocalStore.open(root) as store:
             assert contents_of(store, "third")["x"] == noise("third", 3000)
             if act is not _remove:
