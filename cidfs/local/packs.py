@@ -221,7 +221,8 @@ class PackWriter:
             if try_flock(fd) and leads_to(path, fd) and not taken.bad_mark.exists():
                 taken.end = taken.taken_at = end = os.fstat(fd).st_size
                 tail = os.pread(fd, pack.TRAILER_SIZE, max(0, end - pack.TRAILER_SIZE))
-                if len(pack.HEADER) <= end < pack.ROLL_SIZE and pack.read_trailer(tail, end) is None:
+                begins = os.pread(fd, len(pack.HEADER), 0) == pack.HEADER  # or the power took that
+                if begins and end < pack.ROLL_SIZE and pack.read_trailer(tail, end) is None:
                     sync_folder(path.parent)  # its maker may have died before doing so
                     taken.folder_synced = True
                     return taken
