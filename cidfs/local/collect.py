@@ -20,6 +20,7 @@ from cidfs.formats import frames, journal, pack
 from cidfs.local import leftovers, room, tables
 from cidfs.local.files import disk_errors, leads_to, try_flock
 from cidfs.local.index import Index
+from cidfs.local.leases import at_work
 from cidfs.local.marks import prefix_of
 from cidfs.local.packs import MANIFEST
 from cidfs.local.rows import PackRow, PathRow, Place
@@ -126,13 +127,13 @@ class _Collection:
 
     def _drop_packs(self, candidates: list[bytes]) -> int:
         """Unlink packs without rows that nobody writes to and no ingest may have looked up; count them."""
-        running = {path for path, info in self._state.leases() if info.kind != "mount"}
+        running = at_work(self._state.leases())
         gone = 0
         for number, identity in enumerate(candidates):
             self._progress("removing packs", len(candidates) - number)
             here = self._survey.packs[identity]
             with self._locked() as index:
-                if running and running & {path for path, _ in self._state.leases()}:
+                if running & at_work(self._state.leases()):
                     self._report.waiting += 1
                     self._report.waiting_bytes += here.size
                     continue
@@ -198,7 +199,7 @@ class _Collection:
 
     def _copy_sparse(self) -> None:
         """Copy what is needed out of sparse packs, so that they can go. Not while an ingest may need them."""
-        if any(info.kind != "mount" for _, info in self._state.leases()):
+        if at_work(self._state.leases()):
             return
         sparse = self._sparse()
         for number, identity in enumerate(sparse):
@@ -302,7 +303,7 @@ class _Collection:
 
     def _count(self) -> None:
         """Count what would go."""
-        running = any(info.kind != "mount" for _, info in self._state.leases())
+        running = bool(at_work(self._state.leases()))
         self._report.ranges = len(self._survey.unneeded)
         for identity in self._empty_packs():
             size = self._survey.packs[identity].size

@@ -23,6 +23,7 @@ from cidfs.local import tables
 from cidfs.local.files import disk_errors, leads_to, sync_folder, try_flock
 from cidfs.local.index import Index, ReadTxn, WriteTxn, lengthen
 from cidfs.local.journal import Journal, Replay
+from cidfs.local.leases import oldest_mount
 from cidfs.local.pack_scan import PackScan
 from cidfs.local.packs import PackReader
 from cidfs.local.rows import Place, RemovedRow, number_key, removed_key
@@ -133,7 +134,7 @@ class _Rebuild:
         numbers = [int(name) for name in os.listdir(self._state.root / "index") if name.isdigit()]
         with index.read() as txn:
             removed = dict(tables.removed_ranges(txn))
-        oldest = min((i.serial for _, i in self._state.leases() if i.kind == "mount"), default=None)
+        oldest = oldest_mount(self._state.leases())
         remembered = {base for base, row in removed.items() if oldest is not None and oldest <= row.serial}
         return self._journal.write_checkpoint(
             [*live, *tables.ranges_in(replay.entries.values(), remembered)],

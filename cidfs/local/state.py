@@ -36,15 +36,16 @@ from cidfs.errors import (
 )
 from cidfs.formats.chunking import PARAMETERS
 from cidfs.formats.digest import checksum
+from cidfs.local import leases
 from cidfs.local.files import (
     disk_errors,
-    leads_to,
     mapped,
     replace_durably,
     sync_folder,
     try_flock,
     write_all,
 )
+from cidfs.local.leases import Lease, LeaseInfo
 
 VERSION: Final = 1
 PACK_KINDS: Final = ("own", "cache", "manifest")
@@ -62,37 +63,6 @@ class Format(msgspec.Struct, frozen=True, kw_only=True):
     store_dir: str
     chunking: str
     features: list[str] = []
-
-
-class LeaseInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What a process at work says of itself in run/. serial is the next one at the time it began."""
-
-    kind: str
-    pid: int
-    serial: int
-    started: float
-    mountpoint: str = ""
-    transport: str = ""
-
-
-class Lease:
-    """A flocked file in run/ that says: I began at this serial. Ends with the process at the latest."""
-
-    def __init__(self, path: Path, fd: int, info: LeaseInfo) -> None:
-        self.path, self._fd, self.info = path, fd, info
-
-    @property
-    def socket_path(self) -> Path:
-        """Where this process listens, if it does."""
-        return self.path.with_suffix(".sock")
-
-    def release(self) -> None:
-        """End the lease."""
-        if self._fd >= 0:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.path)
-            os.close(self._fd)
-            self._fd = -1
 
 
 class StateFolder:
@@ -275,63 +245,11 @@ class StateFolder:
 
     def take_lease(self, kind: str, serial: int, *, mountpoint: str = "", transport: str = "") -> Lease:
         """Say in run/ that this process is at work, since a serial. To be called before its first look-up."""
-        info = LeaseInfo(
-            kind=kind,
-            pid=os.getpid(),
-            serial=serial,
-            started=time.time(),
-            mountpoint=mountpoint,
-            transport=transport,
-        )
-        while True:
-            path = self.root / "run" / f"{kind}-{os.getpid()}-{os.urandom(4).hex()}.lease"
-            temporary = path.with_suffix(".new")
-            with disk_errors(path, "write"):
-                fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-                if not (try_flock(fd) and leads_to(temporary, fd)):
-                    os.close(fd)  # a collection took it for a leftover before it was locked
-                    continue
-                try:
-                    write_all(fd, msgspec.json.encode(info), 0)
-                    os.rename(temporary, path)
-                except BaseException:
-                    os.close(fd)
-                    with contextlib.suppress(OSError):
-                        os.unlink(temporary)
-                    raise
-                break
-        self._drop_dead_leases()
-        return Lease(path, fd, info)
-
-    def _drop_dead_leases(self) -> None:
-        """Take away what processes that were killed left: leases that nobody holds, and their sockets."""
-        for path in (self.root / "run").glob("*.lease"):
-            with contextlib.suppress(OSError):
-                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                try:
-                    if try_flock(fd, shared=True) and leads_to(path, fd):
-                        path.with_suffix(".sock").unlink(missing_ok=True)
-                        path.unlink()
-                finally:
-                    os.close(fd)
+        return leases.take(self.root / "run", kind, serial, mountpoint=mountpoint, transport=transport)
 
     def leases(self) -> list[tuple[Path, LeaseInfo]]:
         """Return the leases whose holders live."""
-        found = []
-        for path in sorted((self.root / "run").glob("*.lease")):
-            try:
-                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            except (FileNotFoundError, PermissionError):
-                continue
-            try:
-                if not try_flock(fd, shared=True) and leads_to(path, fd):
-                    with contextlib.suppress(msgspec.MsgspecError):
-                        found.append((path, msgspec.json.decode(path.read_bytes(), type=LeaseInfo)))
-            except FileNotFoundError:
-                continue
-            finally:
-                os.close(fd)
-        return found
+        return leases.held(self.root / "run")
 
 
 _OUR_NAMES: Final = {

@@ -15,6 +15,7 @@ from cidfs.errors import CidfsError, Damaged, IndexLost
 from cidfs.formats import frames, journal, record
 from cidfs.local import tables
 from cidfs.local.index import Index, ReadTxn
+from cidfs.local.leases import oldest_mount
 from cidfs.local.marks import Marks, key_of, prefix_of
 from cidfs.local.pack_scan import all_packs
 from cidfs.local.rows import InodeRow, RemovedRow, key_number, number_key
@@ -81,8 +82,7 @@ class Survey:
             self._serial = txn.needed_number("next-serial")
             self._base = txn.needed_number("next-base")
             removed = tables.removed_ranges(txn)
-        mounts = [info.serial for _, info in self._state.leases() if info.kind == "mount"]
-        oldest = min(mounts, default=None)
+        oldest = oldest_mount(self._state.leases())
         for base, row in removed:
             if oldest is not None and oldest <= row.serial:
                 self.needed[base] = row
