@@ -24,8 +24,8 @@ import trio
 
 from cidfs import control
 from cidfs.errors import CidfsError, MountFailed
+from cidfs.local.leases import Lease
 from cidfs.local.removal import Removals
-from cidfs.local.state import Lease
 from cidfs.local.store import LocalStore
 from cidfs.mount import session
 from cidfs.mount.transport.pyfuse3 import Pyfuse3Transport

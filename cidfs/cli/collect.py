@@ -59,13 +59,20 @@ def _refuse_under_overlay(store: LocalStore) -> None:
     from cidfs.mount import session
 
     for info in session.mounts():
-        if info.type == session.FILE_SYSTEM_TYPE and session.source_of(info) == store.state.root:
+        if info.type == session.FILE_SYSTEM_TYPE and _is_same(session.source_of(info), store.state.root):
             above = session.overlays_above(Path(info.mountpoint))
             if above:
                 raise InUse(
                     f"{above[0]}: an overlay stands on the mount at {info.mountpoint}, and Nix's database"
                     " there may call the path valid; take the overlay down first, or say --force"
                 )
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except OSError:
+        return one == other
 
 
 def _tell_mounts(store: LocalStore) -> None:
@@ -108,10 +115,8 @@ def _show(report: Report, verb: str) -> None:
         f" {dead} of {size_text(report.dead_bytes)}; {_count(report.paths, 'store path')} stay"
     )
     if report.waiting:
-        say(
-            f"cidfs: {_count(report.waiting, 'pack')} of {size_text(report.waiting_bytes)} may be needed by an add"
-            " or import that runs; collect again when it has ended"
-        )
+        waiting = f"{_count(report.waiting, 'pack')} of {size_text(report.waiting_bytes)}"
+        say(f"cidfs: {waiting} may be needed by an add or import that runs; collect again when it has ended")
 
 
 def _count(number: int, what: str) -> str:

@@ -207,7 +207,7 @@ class _Collection:
             here = self._survey.packs[identity]
             try:
                 with self._held(here) as held:
-                    copied = held and self._copy(identity, here)
+                    copied = held and self._copy(identity, here, set(sparse))
             except DiskFailed as e:
                 self._report.problems.append(f"{here.path}: not copied, there is no room for it ({e})")
                 return
@@ -230,7 +230,7 @@ class _Collection:
         finally:
             os.close(fd)
 
-    def _copy(self, identity: bytes, here: PackFile) -> int:
+    def _copy(self, identity: bytes, here: PackFile, sparse: set[bytes]) -> int:
         """Copy the frames of a pack that have rows, and move the rows; return the bytes that were copied."""
         name = "manifests" if here.kind == MANIFEST else "chunks"
         places: list[tuple[bytes, Place]] = []
@@ -241,7 +241,7 @@ class _Collection:
                     if raw is not None and (place := Place.unpack(raw)).pack == identity:
                         places.append((digest, place))
         places.sort(key=lambda item: item[1].offset)
-        writer = self._store.pack_writer(here.kind)
+        writer = self._store.pack_writer(here.kind, without=sparse)
         moved: list[tuple[bytes, Place, Place]] = []
         copied = 0
         try:

@@ -179,8 +179,11 @@ class _Rebuild:
             self._report.problems += [
                 f"journal: serial {s} is lost; the index still knew what it came to" for s in replay.missing
             ]
+            said = list(replay.entries.values())
             replay.entries = {entry.serial: entry for entry in published}
             self._carried = self._ask_old_index(_removed_ranges) or []
+            pairs = tables.ranges_in(said, {base for base, _, _ in self._carried})
+            replay.entries.update((entry.serial, entry) for entry in pairs)
             replay.missing = []
             replay.next_base = max(replay.next_base, next_base)
         replay.next_serial = max(replay.next_serial, next_serial)

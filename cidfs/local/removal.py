@@ -5,7 +5,7 @@ Synchronous; the caller's store is open for writing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Final
 
 from cidfs.errors import InUse
@@ -28,18 +28,19 @@ class Removals:
 
     def __init__(self, store: LocalStore) -> None:
         self._store = store
-        self._count = -1
+        self._seen = (0, -1)
         self._known: set[int] = set()
         self.new()
 
     def new(self) -> list[bytes]:
         """Return the names in the store directory of what was removed since this was asked last."""
+        self._store.refresh()
         with self._store.read() as txn:
-            count = txn.number("removals")
-            if count == self._count:
+            seen = (txn.index.number, txn.number("removals"))
+            if seen == self._seen:
                 return []
             ranges = dict(tables.removed_ranges(txn))
-        self._count = count
+        self._seen = seen
         found = [row.hash_part + b"-" + row.name for base, row in ranges.items() if base not in self._known]
         self._known = set(ranges)
         return found
@@ -59,7 +60,7 @@ def remove(
     refers to one of them; then nothing was taken out. on_removed is told each group once that is durable.
     """
     with store.read() as txn:
-        there = [p for p in dict.fromkeys(wanted) if _is_there(txn, p)]
+        there = {p: None for p in wanted if _is_there(txn, p)}
         ordered = _with_referrers(txn, there, follow=referrers)
         leaving = {p.hash_part for p in ordered}
         if not force:
@@ -73,7 +74,7 @@ def remove(
                 return store.publisher.remove(index, group, leaving, force=force)
 
         on_removed(store.with_room(act))
-    absent = [p for p in wanted if p not in set(there)]
+    absent = [p for p in dict.fromkeys(wanted) if p not in there]
     if absent:  # perhaps removed by one that died before it was durable: only then it counts as gone
         with store.transaction() as index:
             store.publisher.say_pending(index)
@@ -85,7 +86,7 @@ def _is_there(txn: ReadTxn, path: StorePath) -> bool:
     return row is not None and row.name == path.name.encode()
 
 
-def _with_referrers(txn: ReadTxn, paths: Sequence[StorePath], *, follow: bool) -> list[StorePath]:
+def _with_referrers(txn: ReadTxn, paths: Collection[StorePath], *, follow: bool) -> list[StorePath]:
     """Return paths, and if so wanted all that refers to them, each behind those that refer to it."""
     asked = {p.hash_part for p in paths}
     ordered: dict[str, StorePath] = {}

@@ -12,7 +12,7 @@ import contextlib
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,7 @@ from cidfs.local import removal, room, tables
 from cidfs.local.files import sync_folder
 from cidfs.local.index import Index, ReadTxn, WriteTxn
 from cidfs.local.journal import Journal
+from cidfs.local.leases import Lease
 from cidfs.local.packs import CACHE, PackReader, PackWriter
 from cidfs.local.publish import Candidate, Published, Publisher
 from cidfs.local.rows import (
@@ -46,7 +47,7 @@ from cidfs.local.rows import (
     key_number,
     number_key,
 )
-from cidfs.local.state import DEFAULT_LOCK_TIMEOUT, FIRST_INODE, Lease, StateFolder
+from cidfs.local.state import DEFAULT_LOCK_TIMEOUT, FIRST_INODE, StateFolder
 from cidfs.local.totals import Totals, count
 
 T = TypeVar("T")
@@ -337,12 +338,12 @@ class LocalStore:
         """What this process knows of the journal; for who holds `transaction`."""
         return self._publisher
 
-    def pack_writer(self, kind: int) -> PackWriter:
-        """Return a writer of packs of a kind that takes over an open one where it can."""
+    def pack_writer(self, kind: int, *, without: Collection[bytes] = ()) -> PackWriter:
+        """Return a writer of packs of a kind that takes over an open one where it can, of all but some."""
         with self.read() as txn:
             listed = txn.get("meta", b"open:%d" % kind) or b""
         packs = [listed[i : i + PACK_ID_SIZE] for i in range(0, len(listed), PACK_ID_SIZE)]
-        return PackWriter(self.state.root, kind, packs)
+        return PackWriter(self.state.root, kind, [p for p in packs if p not in without])
 
     @contextlib.contextmanager
     def transaction(self, timeout: float | None = None) -> Iterator[Index]:

@@ -62,6 +62,7 @@ class Survey:
         self.report = report
         self.index = 0  # the number of the index that was looked at
         self._serial = 0  # what was published with a lower one is in the journal
+        self._first_new = 0  # what is published has a lower inode base
         self._base = 0  # what is published at or above it was published since it was last looked
         self.needed: dict[int, RemovedRow] = {}  # ranges of removed paths that a mount may still know
         self.unneeded: list[int] = []  # and those that none can
@@ -80,7 +81,7 @@ class Survey:
         with index.read() as txn:
             self.index = index.number
             self._serial = txn.needed_number("next-serial")
-            self._base = txn.needed_number("next-base")
+            self._base = self._first_new = txn.needed_number("next-base")
             removed = tables.removed_ranges(txn)
         oldest = oldest_mount(self._state.leases())
         for base, row in removed:
@@ -92,6 +93,7 @@ class Survey:
     def compare(self, pending: bool) -> None:
         """Raise Damaged where index and journal differ in what is published: then nothing may be dropped."""
         self._progress("comparing index and journal", 0)
+        ranges = {base for base, _ in self._ranges()}
         said: dict[bytes, tuple[int, int]] = {}
         for entry in self._said(pending):
             match entry:
@@ -103,9 +105,16 @@ class Survey:
                         del said[entry.hash_part.encode()]
         live = len(said)
         self.garbage = self.report.entries - live - 2 * len(self.needed)
+        self.report.paths = 0
         for published in self._store.paths():
+            self.report.paths += 1
             if published.row.serial >= self._serial:
                 continue
+            if published.row.base not in ranges:
+                raise IndexLost(
+                    f"{self._state.root}/index: the inode range of {published.path} is lost; run `cidfs"
+                    " rebuild`"
+                )
             here = (published.row.serial, published.row.base)
             there = said.pop(published.path.hash_part.encode(), None)
             if there != here:
@@ -123,14 +132,15 @@ class Survey:
 
     def _said(self, pending: bool) -> list[journal.Entry]:
         """Return the entries of the journal, if so wanted with those of `pending`, by serial."""
-        replay = self._store.journal().replay()
-        entries = {s: e for s, e in replay.entries.items() if s < self._serial}
-        if pending:
+        late: dict[int, journal.Entry] = {}
+        if pending:  # first: what leaves it stands in the journal then
             with self._store.read() as txn:
                 for _, raw in txn.rows("pending"):
                     if raw is not None:
                         body = frames.read_data(raw, frames.read_header(raw))
-                        entries.update((e.serial, e) for e in journal.decode(body).entries)
+                        late.update((e.serial, e) for e in journal.decode(body).entries)
+        replay = self._store.journal().replay()
+        entries = {s: e for s, e in (late | replay.entries).items() if s < self._serial}
         lost = [s for s in replay.missing if s < self._serial and s not in entries]
         if lost:
             raise Damaged(
@@ -145,25 +155,36 @@ class Survey:
         with self._store.read() as txn:
             return {base for base, _ in tables.removed_ranges(txn)}
 
+    def _ranges(self) -> list[tuple[int, InodeRow]]:
+        """Return the inode ranges of all that was published by the moment of the survey, removed or not.
+
+        Raise IndexLost where one is damaged or gone.
+        """
+        found: list[tuple[int, InodeRow]] = []
+        count = 0
+        with self._store.read() as txn:
+            for key, raw in txn.rows("inodes"):
+                if raw is None:
+                    raise IndexLost(f"{txn.index.path}: a row of `inodes` is damaged; run `cidfs rebuild`")
+                count += 1
+                if key_number(key) < self._first_new:
+                    found.append((key_number(key), InodeRow.unpack(raw)))
+            if count != txn.number("count:inodes"):
+                raise IndexLost(f"{txn.index.path}: rows of `inodes` are lost; run `cidfs rebuild`")
+        return found
+
     def mark(self) -> None:
+        """Mark what is needed: by what is published, and by what is removed and perhaps known to a mount."""
         self._progress("reading the index", 0)
         self.marks = {name: Marks(self._store, name) for name in ("chunks", "manifests")}
         done: set[bytes] = set()
-        with self._store.read() as txn:
-            left = txn.entries("paths")
-        self.report.paths = 0
-        for published in self._store.paths():
-            self.report.paths += 1
-            if published.row.serial < self._serial:  # its chunks had rows before these were read
-                self._need(published.row.manifest, str(published.path), done)
-            if self.report.paths % 100 == 0:
-                self._progress("marking", left - self.report.paths)
-        for base, row in self.needed.items():
-            with self._store.read() as txn:
-                raw = txn.get("inodes", number_key(base))
-            if raw is None:
-                raise IndexLost(f"{self._state.root}/index: inode range {base} is lost; run `cidfs rebuild`")
-            self._need(InodeRow.unpack(raw).manifest, f"{row.hash_part.decode()} (removed, mounted)", done)
+        unneeded = set(self.unneeded)
+        ranges = self._ranges()
+        for number, (base, row) in enumerate(ranges):
+            if base not in unneeded:  # also what was removed since: a mount may know that too
+                self._need(row, done, removed=base in self.needed)
+            if number % 100 == 0:
+                self._progress("marking", len(ranges) - number)
         chunks, manifests = self.marks["chunks"], self.marks["manifests"]
         self.report.dead_chunks, size = chunks.dead()
         self.report.dead_manifests, more = manifests.dead()
@@ -174,19 +195,21 @@ class Survey:
                 f"{missing} chunks of published paths are in no pack that the index knows: see `cidfs verify`"
             )
 
-    def _need(self, manifest: bytes, name: str, done: set[bytes], *, new: bool = False) -> None:
+    def _need(self, row: InodeRow, done: set[bytes], *, removed: bool = False, new: bool = False) -> None:
         """Mark a manifest and its chunks; those of a new publication may have come after the rows."""
-        if manifest in done:
+        if row.manifest in done:
             return
         try:
-            opened = self._store.read_manifest(manifest)
+            opened = self._store.read_manifest(row.manifest)
         except CidfsError as e:
+            if removed:
+                return  # nobody can read it any more
             raise Damaged(
-                f"{name}: its manifest cannot be read, so nobody knows what it needs ({e}); nothing is"
-                " collected: `cidfs verify --repair`, or remove it"
+                f"{row.hash_part.decode()}: its manifest cannot be read, so nobody knows what it needs ({e});"
+                " nothing is collected: `cidfs verify --repair`, or remove it"
             ) from e
-        done.add(manifest)
-        self.marks["manifests"].need((prefix_of(manifest),), new=new)
+        done.add(row.manifest)
+        self.marks["manifests"].need((prefix_of(row.manifest),), new=new)
         self.marks["chunks"].need(opened.prefixes(), new=new)
 
     def mark_new(self, txn: ReadTxn) -> None:
@@ -195,8 +218,7 @@ class Survey:
         for key, raw in txn.rows("inodes", number_key(self._base)):
             if raw is None:
                 raise IndexLost(f"{txn.index.path}: a row of `inodes` is damaged; run `cidfs rebuild`")
-            row = InodeRow.unpack(raw)
-            self._need(row.manifest, row.hash_part.decode(), done, new=True)
+            self._need(InodeRow.unpack(raw), done, new=True)
             self._base = key_number(key) + 1
 
     def live_bytes(self) -> dict[bytes, int]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from cidfs.errors import FormatError, IndexLost, LockTimeout, StoreAbsent, StoreVersion
+from cidfs.local.leases import at_work, oldest_mount
 from cidfs.local.state import FIRST_INODE, StateFolder
 from cidfs.local.store import LocalStore
 from tests.local.children import create, hold_lease, hold_write_lock, run, running
@@ -224,12 +225,16 @@ def test_who_looks_at_a_lease_is_not_taken_for_its_holder(root: Path) -> None:
     os.close(fd)
 
 
-def test_a_lease_that_cannot_be_read_is_passed_over(root: Path) -> None:
+def test_a_lease_that_cannot_be_read_counts_as_one_that_needs_everything(root: Path) -> None:
     state = StateFolder.open(root)
     lease = state.take_lease("mount", 1)
     lease.path.write_bytes(b"\xff{")
-    assert state.leases() == []
+    found = state.leases()
+    assert [path for path, _ in found] == [lease.path]
+    assert oldest_mount(found) == 0
+    assert at_work(found) == {lease.path}
     lease.release()
+    assert state.leases() == []
 
 
 # --- the inode limit
