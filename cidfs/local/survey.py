@@ -202,10 +202,11 @@ class Survey:
         try:
             opened = self._store.read_manifest(row.manifest)
         except CidfsError as e:
-            if removed:
+            path = self._store.find(row.hash_part)
+            if removed or path is None:
                 return  # nobody can read it any more
             raise Damaged(
-                f"{row.hash_part.decode()}: its manifest cannot be read, so nobody knows what it needs ({e});"
+                f"{row.hash_part.decode()}-{path.name.decode()}: its manifest cannot be read, so nobody knows what it needs ({e});"
                 " nothing is collected: `cidfs verify --repair`, or remove it"
             ) from e
         done.add(row.manifest)

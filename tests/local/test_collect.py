@@ -411,7 +411,7 @@ def test_nothing_is_collected_where_a_path_has_another_place_in_the_journal(root
         row = tables.find_path(txn, key_of("gone"))
         assert row is not None
         fields = {name: getattr(row, name) for name in PathRow.__slots__}
-        txn.put("paths", key_of("gone"), PathRow(**{**fields, "base": 999}).packed())
+        txn.put("paths", key_of("gone"), PathRow(**{**fields, "serial": 1}).packed())
     with pytest.raises(Damaged, match="say different things"):
         collect_in(root)
 
