@@ -10,6 +10,7 @@ from cidfs.errors import ChunkMissing, FormatError, PathAbsent, UsageError
 from cidfs.formats.digest import looks_like_cid, parse_cid
 from cidfs.formats.manifest import Manifest, Node
 from cidfs.formats.store_path import StorePath, parse_store_path
+from cidfs.local import room
 from cidfs.local.rows import PathRow
 from cidfs.local.store import LocalStore
 
@@ -33,10 +34,14 @@ class Globals:
         timeout = settings.store.lock_timeout if self.lock_timeout is None else self.lock_timeout
         root = Path(settings.store.state)
         if create:
-            return LocalStore.open(
+            store = LocalStore.open(
                 root, write=write, create=True, store_dir=settings.store.store_dir, lock_timeout=timeout
             )
-        return LocalStore.open(root, write=write, lock_timeout=timeout)
+        else:
+            store = LocalStore.open(root, write=write, lock_timeout=timeout)
+        if write:
+            room.restore(root)  # given up once on a full disk, perhaps
+        return store
 
 
 GLOBALS = Globals()

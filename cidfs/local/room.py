@@ -42,7 +42,7 @@ def restore(root: Path) -> None:
     if path.exists():
         return
     with contextlib.suppress(OSError):  # it is a precaution: without room for it, all else goes on
-        if free_bytes(root) < 2 * LOW:
+        if free_bytes(root) < 2 * BALLAST:
             return
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         try:
