@@ -17,7 +17,7 @@ from typing import Final, NoReturn
 
 import msgspec
 
-from cidfs import daemon, errors
+from cidfs import daemon, errors, faults
 from cidfs.errors import CidfsError, MountFailed
 from cidfs.mount import session
 
@@ -95,8 +95,10 @@ def _child(plan: daemon.MountPlan, writing: int) -> NoReturn:
         fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
         os.dup2(fd, 2)
         os.close(fd)
+        faults.say = None
         report()
 
+    faults.say = lambda line: report("IndexLost", line)
     try:
         os.setsid()
         null = os.open(os.devnull, os.O_RDWR)

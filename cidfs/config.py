@@ -32,11 +32,19 @@ class MountSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     list_root: bool = False
 
 
+class TrustSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """[trust]: whose signatures count (`NAME:BASE64`, as Nix's trusted-public-keys), and whether one must."""
+
+    public_keys: tuple[str, ...] = ()
+    require_signatures: bool = True
+
+
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """All settings."""
 
     store: StoreSettings = StoreSettings()
     mount: MountSettings = MountSettings()
+    trust: TrustSettings = TrustSettings()
 
 
 def default_state() -> Path:

@@ -11,9 +11,9 @@ import cidfs
 
 PACKAGE = Path(cidfs.__file__).parent
 FLOORS = [
-    {"cidfs", "cidfs.errors", "cidfs.config", "cidfs.control"},
+    {"cidfs", "cidfs.errors", "cidfs.config", "cidfs.control", "cidfs.faults"},
     {"cidfs.formats"},
-    {"cidfs.local"},
+    {"cidfs.local", "cidfs.remote"},
     {"cidfs.engine"},
     {"cidfs.mount"},
     {"cidfs.daemon"},
@@ -64,6 +64,19 @@ def test_no_floor_reaches_up(module: str, path: Path) -> None:
         if imported.split(".")[0] != "cidfs" or imported == "cidfs":
             continue
         assert _floor(imported) <= _floor(module), f"{module} imports {imported}, which stands above it"
+
+
+def test_local_and_remote_know_nothing_of_each_other() -> None:
+    """They stand side by side: what goes on between this disk and others is the engine's to say."""
+    sides = {"cidfs.local", "cidfs.remote"}
+    seen = set()
+    for module, path in _modules():
+        side = ".".join(module.split(".")[:2])
+        if side in sides:
+            seen.add(side)
+            (other,) = sides - {side}
+            assert not any(name == other or name.startswith(f"{other}.") for name in _imports(path)), module
+    assert seen == sides
 
 
 @pytest.mark.parametrize(

@@ -170,7 +170,7 @@ need_gcc32() {
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
-# need_venv [EXTRAS]: .venv with this checkout installed into it, editable. EXTRAS as in pyproject.toml: `test`.
+# need_venv [EXTRAS]: .venv with this checkout installed into it, editable. EXTRAS as in pyproject.toml: `test`, `bench`.
 
 # The environment's own python and pip run. Not so when its making was interrupted, or its python was upgraded.
 venv_works() {
@@ -207,7 +207,7 @@ need_venv() {
 }
 
 make_venv() {
-  local extras=$1 log project=.
+  local extras=$1 log project=. key stamp
   [[ -z $extras ]] || project=".[$extras]"
   if [[ -e $VENV && ! -w $VENV ]]; then
     die "$VENV belongs to $(stat -c %U -- "$VENV"): run this as that user, or remove it"
@@ -222,7 +222,11 @@ make_venv() {
   fi
   note "installing cidfs${extras:+ with $extras} into ${VENV#"$ROOT/"} (pip)"
   # The stamp is written last. An environment in which pip was killed is made anew: half a package counts as installed.
-  rm -f -- "$VENV"/.installed-*
+  # Other extras that were installed for this very checkout stay: pip only adds.
+  key=$(venv_key)
+  for stamp in "$VENV"/.installed-*; do
+    [[ -f $stamp && $(< "$stamp") == "$key" ]] || rm -f -- "$stamp"
+  done
   : > "$VENV/.being-made"
   log=$(mktemp)
   if ! pip_install "$project" > "$log" 2>&1; then
@@ -248,4 +252,33 @@ pip_failed() {
   cat -- "$1" >&2
   rm -f -- "$1" "$VENV/.being-made"
   die "pip could not install cidfs's dependencies (its messages are above): mend that and run this again"
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# cache_dir: where what was downloaded stays, outside of the checkout
+
+# usable_cache FOLDER: it is there, ours (a name in /var/tmp can be taken by anyone, and what lies there is run), and a
+# Nix can live in it (no blanks in its name).
+usable_cache() {
+  [[ $1 == /* && $1 != *[[:space:]]* ]] && (umask 077 && mkdir -p -- "$1") 2> /dev/null && [[ -O $1 && -w $1 ]]
+}
+
+# cache_dir: prints the first place that will do. One that was asked for is not passed over.
+cache_dir() {
+  local candidate
+  if [[ -n ${CIDFS_CACHE:-} ]]; then
+    candidate=$(realpath -m -- "$CIDFS_CACHE")
+    usable_cache "$candidate" ||
+      die "CIDFS_CACHE=$CIDFS_CACHE must be a folder of yours, writable, without blanks in its name"
+    printf '%s\n' "$candidate"
+    return
+  fi
+  for candidate in "${XDG_CACHE_HOME:-${HOME:+$HOME/.cache}}/cidfs" "/var/tmp/cidfs-cache-$EUID"; do
+    # Without a home the first one is /cidfs, which nobody meant.
+    if [[ $candidate != /cidfs ]] && usable_cache "$candidate"; then
+      printf '%s\n' "$candidate"
+      return
+    fi
+  done
+  die "no place to keep things in: set CIDFS_CACHE to a folder that you can write to"
 }

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import secrets
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cidfs.cli.common import GLOBALS, cid, published, store_path
 from cidfs.cli.output import result, say, steps_progress
-from cidfs.errors import Damaged, PathAbsent
+from cidfs.errors import Damaged, PathAbsent, SourceError, UsageError
 from cidfs.formats.digest import looks_like_cid
 from cidfs.local.state import StateFolder
 from cidfs.local.store import LocalStore, PublishedPath
+
+if TYPE_CHECKING:
+    from cidfs.engine.findings import Report
+    from cidfs.engine.verify import Depth, Sample
+
+JSON_SCHEMA = 1
 
 
 def verify(
@@ -23,29 +31,126 @@ def verify(
             help="Store paths or manifests' CIDs; none: the whole store.",
         ),
     ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Read no chunk: index, journal, manifests.")] = False,
+    sample: Annotated[
+        str | None,
+        typer.Option(metavar="N|P%", help="As --quick, and read so many chunks, or that share of them."),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="With --sample: read the chunks that this seed chose before.")
+    ] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Store again what is damaged and can be had from elsewhere.")
+    ] = False,
+    sources: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--from",
+            metavar="ORIGINAL",
+            help="With --repair: an original directory or file, the root of a Nix store, or a binary cache"
+            " (file://…). May be repeated.",
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, on one line.")] = False,
 ) -> None:
-    """Check what is stored: every frame, every manifest, every NAR hash, index against journal.
+    """Check what is stored: every frame, every manifest, every NAR hash, index against packs and journal.
 
-    Prints a line for each damaged thing and for each store path that it touches; the exit code is 16 then.
+    Prints a line for each damaged thing and for each store path that it touches; the exit code is 16 unless
+    all of it was repaired.
     """
     import trio
 
+    from cidfs.engine.verify import Depth
     from cidfs.engine.verify import verify as check
 
-    with GLOBALS.open_store() as store, steps_progress() as steps:
-        chosen = None
-        if paths:
-            chosen = [p for text in paths for p in _named(store, text)]
-        report = trio.run(check, store, chosen, steps)
-    for line in report.problems:
-        result(line)
-    if report.problems:
-        raise Damaged(
-            f"{store.state.root}: {len(report.problems)} problems found; {report.paths} store paths were read"
-        )
-    scope = f"{report.packs} packs with {report.frames} frames and " if chosen is None else ""
-    paths_text = "1 store path" if report.paths == 1 else f"{report.paths} store paths"
-    say(f"verified {scope}{paths_text}: all is well")
+    if quick and sample is not None:
+        raise UsageError("--quick reads no chunk and --sample some: say one of them")
+    if paths and sample is not None:
+        raise UsageError("--sample is of the whole store: leave out the paths")
+    if seed is not None and sample is None:
+        raise UsageError("--seed goes with --sample")
+    if sources and not repair:
+        raise UsageError("--from goes with --repair")
+    for source in sources or ():
+        if "://" not in source and not Path(source).exists():
+            raise SourceError(f"{source}: no such file or directory")
+    depth = Depth(quick, _sample(sample, seed) if sample is not None else None)
+    if depth.sample is not None:
+        say(f"a sample of {sample}, chosen with --seed {depth.sample.seed}")
+    with GLOBALS.open_store(write=repair) as store, steps_progress() as steps:
+        chosen = [p for text in paths for p in _named(store, text)] if paths else None
+
+        async def work() -> tuple[Report, list[str]]:
+            report = await check(store, chosen, steps, depth)
+            if not repair:
+                return report, []
+            from cidfs.engine.repair import Repair
+
+            mending = Repair(store, report, steps)
+            await mending.run(sources or [], whole=chosen is None, read_chunks=depth.full)
+            return report, mending.said
+
+        report, said = trio.run(work)
+    for line in said:
+        say(f"cidfs: {line}")
+    _show(store, report, depth, whole=chosen is None, as_json=as_json)
+
+
+def _sample(text: str, seed: int | None) -> Sample:
+    """Return the sample that an argument means."""
+    from cidfs.engine.verify import Sample
+
+    if seed is None:
+        seed = secrets.randbelow(1 << 32)
+    try:
+        if text.endswith("%"):
+            share = float(text[:-1]) / 100
+            if 0 < share <= 1:
+                return Sample(0, share, seed)
+        elif int(text) > 0:
+            return Sample(int(text), 0, seed)
+    except ValueError:
+        pass
+    raise UsageError(f"--sample {text}: neither a number of chunks (1000) nor a share of them (5%)")
+
+
+def _show(store: LocalStore, report: Report, depth: Depth, *, whole: bool, as_json: bool) -> None:
+    left = report.left
+    if as_json:
+        result(json.dumps(_as_json(report, depth)))
+    else:
+        for line in report.problems:
+            result(line)
+    read = _count(report.paths, "store path")
+    if left:
+        repaired = f", {report.repaired} more repaired" if report.repaired else ""
+        raise Damaged(f"{store.state.root}: {_count(left, 'problem')} found{repaired}; {read} verified")
+    if whole and depth.full:
+        read = f"{_count(report.packs, 'pack')} with {_count(report.frames, 'frame')} and {read}"
+    elif whole:
+        chunks = f"{_count(report.chunks, 'chunk')} read" if depth.sample else "no chunk read"
+        read = f"{read} ({chunks})"
+    well = f"{_count(report.repaired, 'problem')} found and repaired" if report.repaired else "all is well"
+    say(f"verified {read}: {well}")
+
+
+def _as_json(report: Report, depth: Depth) -> dict[str, object]:
+    return {
+        "schema": JSON_SCHEMA,
+        "paths": report.paths,
+        "packs": report.packs,
+        "frames": report.frames,
+        "chunks": report.chunks,
+        "bytes": report.bytes,
+        "seed": depth.sample.seed if depth.sample is not None else None,
+        "problems": report.left,
+        "findings": [finding.as_json() for finding in report.findings],
+        "more": {kind: count for kind, count in sorted(report.ledger.more.items()) if count},
+    }
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _named(store: LocalStore, text: str) -> list[PublishedPath]:
@@ -70,7 +175,8 @@ def rebuild(
 ) -> None:
     """Make the index anew from packs and journal: the same paths, attributes, bytes and inode numbers.
 
-    Mounts may run meanwhile; they take the new index within a second.
+    Mounts may run meanwhile; they take the new index within a second. The exit code is 16 when a published
+    path has lost its manifest.
     """
     from cidfs.local.rebuild import rebuild as make_anew
 
@@ -85,3 +191,8 @@ def rebuild(
         f"rebuilt: {report.paths} store paths, {report.chunks} chunks and {report.manifests} manifests"
         f" in {report.packs} packs"
     )
+    if report.lost_manifests:
+        raise Damaged(
+            f"{state.root}: {_count(report.lost_manifests, 'store path')} cannot be read without a manifest;"
+            " `cidfs verify --repair --from ORIGINAL` makes it anew"
+        )

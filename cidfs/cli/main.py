@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 import cidfs
+from cidfs import faults
 from cidfs.cli import check, collect, look, mounts, stats, store
 from cidfs.cli.common import GLOBALS
 from cidfs.cli.output import say
@@ -80,7 +81,7 @@ def options(
 
 _COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "add": (store.add, "Add directories or files."),
-    "import": (store.import_, "Import paths from a Nix store, or a NAR."),
+    "import": (store.import_, "Import paths from a Nix store or a binary cache, or a NAR."),
     "remove": (collect.remove, "Take store paths out."),
     "gc": (collect.gc, "Free what nobody needs."),
     "mount": (mounts.mount, "Mount the store, read-only."),
@@ -100,6 +101,7 @@ for _name, (_command, _short) in _COMMANDS.items():
 def run() -> None:
     """Run the command line and end the process with its exit code."""
     _open_closed_descriptors()
+    faults.install()
     code = _run()
     try:
         sys.stdout.flush()

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cidfs.cli.common import GLOBALS, store_path
-from cidfs.cli.output import ingest_progress, result, say
+from cidfs.cli.output import ingest_progress, result, say, steps_progress
 from cidfs.engine.sources import DiskSource, NarSource
 from cidfs.engine.wanted import Wanted
 from cidfs.errors import CidfsError, Conflict, FormatError, SourceError, UsageError
@@ -22,24 +23,38 @@ from cidfs.local.store import LocalStore
 
 if TYPE_CHECKING:
     from cidfs.engine.nix_db import ValidPath
+    from cidfs.formats.signing import PublicKey
 
 
 def _ingest(
     store: LocalStore,
-    wanted: Sequence[Wanted],
+    wanted: Iterable[Wanted],
     *,
     asked_for: set[StorePath] | None = None,
     keep_going: bool = False,
 ) -> None:
-    """Ingest, and print what is new, and of the rest what was asked for (all when that is None).
-
-    With keep_going, a path that cannot be ingested is reported and the others go on.
-    """
+    """Run _ingesting, and report what failed."""
     import trio
 
-    from cidfs.engine.ingest import ingest
-
     failed: list[CidfsError] = []
+    trio.run(partial(_ingesting, store, wanted, failed, asked_for=asked_for, keep_going=keep_going))
+    _report(failed)
+
+
+async def _ingesting(
+    store: LocalStore,
+    wanted: Iterable[Wanted],
+    failed: list[CidfsError],
+    *,
+    asked_for: set[StorePath] | None,
+    keep_going: bool,
+) -> None:
+    """Ingest, and print what is new, and of the rest what was asked for (all when that is None).
+
+    With keep_going, a path that cannot be ingested is added to what failed and the others go on. A conflict
+    always is.
+    """
+    from cidfs.engine.ingest import ingest
 
     def show(outcomes: Sequence[Published]) -> None:
         for outcome in outcomes:
@@ -49,12 +64,13 @@ def _ingest(
                 result(outcome.path.full(store.store_dir))
         sys.stdout.flush()
 
-    async def work() -> None:
-        with ingest_progress() as progress:
-            on_failed = failed.append if keep_going else None
-            await ingest(store, wanted, progress=progress, on_published=show, on_failed=on_failed)
+    with ingest_progress() as progress:
+        on_failed = failed.append if keep_going else None
+        await ingest(store, wanted, progress=progress, on_published=show, on_failed=on_failed)
 
-    trio.run(work)
+
+def _report(failed: Sequence[CidfsError]) -> None:
+    """Say what failed, a line each; the first one is the command's own error."""
     for error in failed[1:]:
         say(f"cidfs: {error}")
     if failed:
@@ -96,12 +112,30 @@ def import_(
         ),
     ] = None,
     source: Annotated[
-        str, typer.Option("--from", metavar="ROOT", help="The root folder of the Nix store to import from.")
+        str,
+        typer.Option(
+            "--from",
+            metavar="ROOT|URL",
+            help="The root folder of the Nix store to import from, or a binary cache: file:///folder.",
+        ),
     ] = "/",
     closure: Annotated[
         bool, typer.Option("--closure/--no-closure", help="With all that the paths refer to, or without.")
     ] = True,
-    everything: Annotated[bool, typer.Option("--all", help="Every valid path of the Nix store.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Every valid path of the Nix store, all that the cache has.")
+    ] = False,
+    trusted_keys: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--trusted-key",
+            metavar="NAME:BASE64",
+            help="With a binary cache: a public key to trust, besides those in the settings; repeatable.",
+        ),
+    ] = None,
+    no_check_sigs: Annotated[
+        bool, typer.Option("--no-check-sigs", help="With a binary cache: take paths without signatures too.")
+    ] = False,
     name: Annotated[
         str | None,
         typer.Option(
@@ -113,12 +147,14 @@ def import_(
         typer.Option(help="With -: the SHA-256 that the NAR must have, in any of Nix's notations."),
     ] = None,
 ) -> None:
-    """Import paths from a Nix store, with what its database knows of them, or a NAR; print what was added.
+    """Import paths from a Nix store or a binary cache, with what is known of them there, or a NAR.
 
-    Nix may be using its store meanwhile. Each NAR hash is computed and compared; a mismatch publishes
-    nothing.
+    Print what was added. Each NAR hash is computed and compared; a mismatch publishes nothing. Nix may be
+    using its store meanwhile. Paths from a binary cache must be signed by a trusted key.
     """
     texts = paths or []
+    if (trusted_keys or no_check_sigs) and "://" not in source:
+        raise UsageError("--trusted-key and --no-check-sigs go with a binary cache (--from file:///folder)")
     if texts == ["-"]:
         if everything:
             raise UsageError("a NAR on standard input (-) is one path: leave out --all")
@@ -134,9 +170,13 @@ def import_(
         raise UsageError("name the paths to import or say --all, not both")
     if not texts and not everything:
         raise UsageError("name the paths to import, or --all")
-    if "://" in source:
-        raise UsageError(f"--from {source}: this version imports from the root folder of a Nix store only")
     store_dir = GLOBALS.settings().store.store_dir
+    if "://" in source:
+        chosen = None if everything else [store_path(t, store_dir) for t in texts]
+        _import_from_cache(source, chosen, closure, trusted_keys or [], no_check_sigs)
+        return
+    if (Path(source) / "nix-cache-info").is_file():
+        raise UsageError(f"--from {source}: say a binary cache as a URL: {Path(source).absolute().as_uri()}")
     from cidfs.engine.nix_db import NixDatabase
 
     # closed before anything is read: a reader of its database keeps Nix from tidying up its log
@@ -159,6 +199,52 @@ def _wanted(where: Path, valid: ValidPath) -> Wanted:
         ca=valid.ca,
         signatures=valid.signatures,
     )
+
+
+def _import_from_cache(
+    url: str,
+    asked: Sequence[StorePath] | None,
+    closure: bool,
+    trusted_keys: Sequence[str],
+    no_check_sigs: bool,
+) -> None:
+    """Import paths, everything when asked is None."""
+    import trio
+
+    from cidfs.engine.caches import Trust, gather, gather_all
+    from cidfs.formats.signing import PublicKeys
+    from cidfs.remote.upstream import open_upstream
+
+    settings = GLOBALS.settings()
+    keys = [*_keys("--trusted-key", trusted_keys), *_keys("[trust] public_keys", settings.trust.public_keys)]
+    trust = Trust(PublicKeys(keys), settings.trust.require_signatures and not no_check_sigs)
+    failed: list[CidfsError] = []
+
+    async def work() -> None:
+        upstream = await open_upstream(url, settings.store.store_dir)
+        with GLOBALS.open_store(write=True, create=True) as store:
+            with steps_progress() as steps:
+                on_left = partial(steps.remaining, "reading narinfos")
+                if asked is None:
+                    wanted = await gather_all(
+                        upstream, store, trust, on_failed=failed.append, on_left=on_left
+                    )
+                else:
+                    wanted = await gather(upstream, asked, store, trust, closure=closure, on_left=on_left)
+            asked_for = None if asked is None else set(asked)
+            await _ingesting(store, wanted, failed, asked_for=asked_for, keep_going=asked is None)
+
+    trio.run(work)
+    _report(failed)
+
+
+def _keys(where: str, texts: Sequence[str]) -> list[PublicKey]:
+    from cidfs.formats.signing import parse_public_key
+
+    try:
+        return [parse_public_key(text) for text in texts]
+    except FormatError as e:
+        raise UsageError(f"{where}: {e}") from None
 
 
 def _import_nar(name: str, nar_hash: str | None) -> None:

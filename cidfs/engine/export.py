@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Protocol
 
 from cidfs.formats import nar
 from cidfs.formats.manifest import DIRECTORY, EXECUTABLE, SYMLINK, Manifest, Node
-from cidfs.local.store import LocalStore
 
 
-def file_pieces(store: LocalStore, manifest: Manifest, node: Node) -> Iterator[bytes]:
+class Chunks(Protocol):
+    """Where chunks are read: a LocalStore, or what keeps some of them."""
+
+    def read_chunk(self, digest: bytes) -> bytes:
+        """Return a chunk's verified bytes; raise ChunkMissing or ChunkInvalid."""
+        ...
+
+
+def file_pieces(store: Chunks, manifest: Manifest, node: Node) -> Iterator[bytes]:
     """Yield a file's contents, chunk by chunk, each verified."""
     for span in manifest.spans(node):
         yield store.read_chunk(span.digest)
 
 
-def nar_pieces(store: LocalStore, manifest: Manifest) -> Iterator[bytes]:
+def nar_pieces(store: Chunks, manifest: Manifest) -> Iterator[bytes]:
     """Yield the NAR of a manifest's tree: what `nix-store --dump` would write."""
     yield nar.HEADER
     stack: list[tuple[int | None, bytes]] = [(0, b"")]  # a node, or what to write at this point

@@ -174,7 +174,7 @@ class _Ingest:
                 seen.add(digest)
                 encoding, stored = encode(data)
                 encoded.append((digest, None, encoding, stored, len(data)))
-            else:  # should its row go, as that of a chunk that nothing needs yet may, the data is needed again
+            else:  # should its row go meanwhile (nothing needs it yet), the data is needed again
                 encoded.append((digest, place, -1, data if place is None else b"", len(data)))
         return encoded
 

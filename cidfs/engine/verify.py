@@ -1,155 +1,157 @@
 """Verification: what is stored, against itself.
 
-Every frame, every manifest, every NAR hash; the index against packs and journal.
+Index against journal, packs and its own rows; every frame; of each path record, manifest and NAR hash. The
+quick form reads no chunk, the sample form some. Reads, changes nothing (`repair` does), and may run beside
+mounts, adds, removals and collections: what looks damaged is looked at afresh before it counts.
 
-Reads everything, changes nothing, and may run beside mounts and adds. Packs are read in file order, several
-at a time.
+Packs and paths are taken one by one by a thread a core; memory is bounded, whatever the store holds.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import TypeVar
+import heapq
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Final
 
-import trio
+from blake3 import blake3
 
-from cidfs.engine.export import nar_pieces
+from cidfs.engine.findings import Report
 from cidfs.engine.progress import Steps
+from cidfs.engine.verify_packs import PackCheck, find_damage
+from cidfs.engine.verify_paths import PathCheck
+from cidfs.engine.workers import alone, for_each, pause
 from cidfs.errors import CidfsError
-from cidfs.formats import frames
-from cidfs.formats.digest import cid_text, sha256_text
-from cidfs.formats.manifest import Manifest
-from cidfs.local.audit import journal_differences, lost_rows
-from cidfs.local.packs import MANIFEST, pack_path
-from cidfs.local.rows import PackRow, Place
+from cidfs.local import pages
+from cidfs.local.audit import Note, count_notes, journal_notes
+from cidfs.local.audit_rows import path_notes, place_notes
+from cidfs.local.packs import pack_path
+from cidfs.local.rows import Place
 from cidfs.local.store import LocalStore, PublishedPath
 
-T = TypeVar("T")
+BATCH: Final = 5000
 
 
-@dataclass
-class Report:
-    """What was found. problems: a line each, naming the damaged thing or the path that it touches."""
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A random part of the chunks: so many of them, or that share. The same seed gives the same chunks."""
 
-    paths: int = 0
-    frames: int = 0
-    packs: int = 0
-    bytes: int = 0
-    problems: list[str] = field(default_factory=list)
+    count: int
+    share: float
+    seed: int
+
+    def choose(self, places: Iterable[tuple[bytes, Place]]) -> Iterator[tuple[bytes, Place]]:
+        """Yield the chosen ones."""
+        key = blake3(b"%d" % self.seed).digest()
+        if self.count:
+            yield from heapq.nsmallest(self.count, places, key=lambda item: blake3(key + item[0]).digest(8))
+            return
+        limit = int(self.share * (1 << 64))
+        for item in places:
+            if int.from_bytes(blake3(key + item[0]).digest(8)) < limit:
+                yield item
 
 
-async def verify(store: LocalStore, paths: Sequence[PublishedPath] | None, steps: Steps) -> Report:
-    """Verify some paths (their manifests, chunks and NAR hashes), or the whole store."""
+@dataclass(frozen=True, slots=True)
+class Depth:
+    """How much is read: everything; no chunk (quick); or, of the chunks, a sample alone."""
+
+    quick: bool = False
+    sample: Sample | None = None
+
+    @property
+    def full(self) -> bool:
+        """Whether every chunk is read."""
+        return not self.quick and self.sample is None
+
+
+FULL: Final = Depth()
+
+
+async def verify(
+    store: LocalStore, paths: Sequence[PublishedPath] | None, steps: Steps, depth: Depth = FULL
+) -> Report:
+    """Verify some paths (their records, manifests, chunks and NAR hashes), or the whole store."""
     report = Report()
-    if paths is None:
-        report.problems += await trio.to_thread.run_sync(lost_rows, store)
-        report.problems += await trio.to_thread.run_sync(journal_differences, store)
-        packs = await trio.to_thread.run_sync(lambda: list(store.pack_rows()))
-        steps.begin("packs", len(packs))
-        await _in_parallel(packs, lambda item: _verify_pack(store, *item), report, steps)
-        report.packs = len(packs)
-        paths = await trio.to_thread.run_sync(lambda: list(store.paths()))
-    steps.begin("store paths", len(paths))
-    await _in_parallel(paths, lambda item: _verify_path(store, item), report, steps)
-    report.paths = len(paths)
-    return report
-
-
-async def _in_parallel(
-    items: Iterable[T], check: Callable[[T], Report], report: Report, steps: Steps
-) -> None:
-    """Check items on a thread a core; their findings keep the order of the items."""
-    waiting = list(enumerate(items))
-    waiting.reverse()
-    found: dict[int, Report] = {}
-
-    async def work() -> None:
-        while waiting:
-            number, item = waiting.pop()
-            found[number] = await trio.to_thread.run_sync(check, item)
-            steps.step()
-
-    async with trio.open_nursery() as nursery:
-        for _ in range(os.cpu_count() or 1):
-            nursery.start_soon(work)
-    for _, each in sorted(found.items()):
-        report.problems += each.problems
-        report.frames += each.frames
-        report.bytes += each.bytes
-
-
-def _verify_pack(store: LocalStore, identity: bytes, row: PackRow) -> Report:
-    """Read a pack from end to end.
-
-    Every frame that the index refers to must be whole and where the index says.
-    """
-    report = Report()
-    path = pack_path(store.state.root, row.kind, identity)
-    database = "manifests" if row.kind == MANIFEST else "chunks"
-    if not row.frames:
+    if paths is None and not await _Whole(store, steps, depth, report).run():
         return report
-    try:
-        data = path.read_bytes()
-    except OSError as e:
-        report.problems.append(f"{path}: cannot be read: {e.strerror}; {row.frames} frames are missing")
-        return report
-    there: set[bytes] = set()
-    for item in frames.scan(data):
-        if isinstance(item, frames.Found) and item.header.kind in (frames.KIND_CHUNK, frames.KIND_MANIFEST):
-            place = store.place(database, item.header.digest)
-            if place is not None and (place.pack, place.offset) == (identity, item.offset):
-                there.add(item.header.digest)
-                report.bytes += item.header.size
-    report.frames = len(there)
-    if len(there) != row.frames:
-        missing = [
-            (digest, place)
-            for digest, place in store.places(database)
-            if place.pack == identity and digest not in there
-        ]
-        for digest, place in missing:
-            report.problems.append(_damaged_frame(store, database, digest, place))
+    steps.begin("store paths", _count(store, "paths") if paths is None else len(paths))
+    check = PathCheck(store, report.ledger, read_chunks=depth.full)
+    chosen = (published for _, published in store.publications(0)) if paths is None else paths
+    report.paths = await for_each(chosen, check.check, steps)
+    report.bytes += check.bytes
     return report
 
 
-def _damaged_frame(store: LocalStore, database: str, digest: bytes, place: Place) -> str:
-    try:
-        store.packs.read(digest, place)
-    except CidfsError as e:
-        return f"{e}: {database.removesuffix('s')} {cid_text(digest)}"
-    path = pack_path(store.state.root, place.kind, place.pack)
-    return f"{path}: changed while it was verified; verify again"
+def _count(store: LocalStore, *databases: str) -> int:
+    with store.read() as txn:
+        return sum(txn.entries(name) for name in databases)
 
 
-def _verify_path(store: LocalStore, published: PublishedPath) -> Report:
-    """Check record, manifest and NAR hash of one path."""
-    report = Report()
-    name = published.path.full(store.store_dir)
-    try:
-        record = store.record_of(published.path.hash_part)
-        if record is None:
-            raise CidfsError("its record is lost from the index; run `cidfs rebuild`")
-        manifest = store.read_manifest(record.manifest).validate()
-        _compare(published, record.manifest, record.node_count, record.root_row, manifest)
-        digest, size = hashlib.sha256(), 0
-        for piece in nar_pieces(store, manifest):
-            digest.update(piece)
-            size += len(piece)
-        report.bytes += size
-        if (digest.digest(), size) != (record.nar_hash, record.nar_size):
-            found = sha256_text(digest.digest())
-            raise CidfsError(f"its NAR hash is {found} where {sha256_text(record.nar_hash)} is recorded")
-    except CidfsError as e:
-        report.problems.append(f"{name}: {e}")
-    return report
+def _page_notes(store: LocalStore) -> Iterator[Note]:
+    with store.read() as txn:
+        folder = txn.index.path
+    for line in pages.damage(folder):
+        where, _, text = line.partition(": ")
+        yield Note("index", "pages", where, f"{text}; run `cidfs rebuild`")
 
 
-def _compare(published: PublishedPath, cid: bytes, nodes: int, root_row: bytes, manifest: Manifest) -> None:
-    row = published.row
-    if (row.manifest, row.count, row.root_row) != (cid, nodes, root_row):
-        raise CidfsError("index and record differ; run `cidfs rebuild`")
-    if (manifest.node_count, manifest.row(0)) != (nodes, root_row):
-        raise CidfsError("manifest and record differ")
+class _Whole:
+    """What is verified of the whole store before its paths are."""
+
+    def __init__(self, store: LocalStore, steps: Steps, depth: Depth, report: Report) -> None:
+        self._store, self._steps, self._depth, self._report = store, steps, depth, report
+
+    async def run(self) -> bool:
+        """Verify all but the paths; False where the index cannot even be walked."""
+        store, sample = self._store, self._depth.sample
+        await self._audit("index", 1, lambda step: _page_notes(store))
+        if self._report.ledger.findings:
+            return False
+        await self._audit("index", 1, lambda step: count_notes(store))
+        await self._audit("journal", 1, lambda step: journal_notes(store))
+        await self._audit("rows of store paths", _count(store, "paths"), lambda step: path_notes(store, step))
+        told = None if self._depth.full else self._misplaced
+        rows = _count(store, "manifests", "chunks")
+        await self._audit("rows of chunks", rows, lambda step: place_notes(store, told, step))
+        if self._depth.full:
+            await PackCheck(store, self._report).run(self._steps)
+        elif sample is not None:
+            self._steps.begin("chunks", sample.count or round(sample.share * _count(store, "chunks")))
+            chosen = sample.choose(store.places("chunks"))
+            while batch := await alone(lambda: list(islice(chosen, BATCH))):
+                batch.sort(key=lambda item: (item[1].pack, item[1].offset))
+                self._report.chunks += await for_each(batch, self._read_one, self._steps)
+        return True
+
+    async def _audit(
+        self, label: str, total: int, find: Callable[[Callable[[int], None]], Iterable[Note]]
+    ) -> None:
+        self._steps.begin(label, total)
+        waiting = 0
+
+        def step(count: int) -> None:
+            nonlocal waiting
+            waiting += count
+            if waiting >= 1000:
+                pause()
+                self._steps.step(waiting)
+                waiting = 0
+
+        def work() -> None:
+            for note in find(step):
+                self._report.ledger.add(note.kind, note.what, note.where, note.line)
+
+        await alone(work)
+
+    def _misplaced(self, database: str, digest: bytes, place: Place, reason: str) -> None:
+        path = pack_path(self._store.state.root, place.kind, place.pack)
+        self._report.ledger.add_bad(database, digest, place, str(path), reason)
+
+    def _read_one(self, item: tuple[bytes, Place]) -> None:
+        digest, place = item
+        try:
+            self._store.packs.read(digest, place)
+        except CidfsError:
+            find_damage(self._store, self._report.ledger, "chunks", digest)

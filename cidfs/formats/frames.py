@@ -44,6 +44,9 @@ MAX_LENGTH: Final = {
 }
 """The longest decoded data of each known kind, in bytes; MAX_DECODED for the others."""
 
+MAX_FALSE: Final = 8 << 30
+"""How much decoded data of long frames a scan checks in vain, in bytes: some ten seconds of work."""
+
 
 @dataclass(frozen=True, slots=True)
 class Header:
@@ -139,8 +142,11 @@ def scan(data: bytes | memoryview, start: int = 0) -> Iterator[Found | Gap]:
     """Yield every whole frame from an offset on, in order, and a Gap for what lies between them.
 
     Whole frames of a kind that is not known are skipped silently. They are verified like the others, or the
-    stored length of a torn one would hide the frames that follow it.
+    stored length of a torn one would hide the frames that follow it. Bytes that are made to look like the
+    heads of long frames would make that take for ever: once MAX_FALSE bytes of frames longer than a chunk were
+    checked in vain, such frames are passed over.
     """
+    false = 0
     raw = bytes(data) if not isinstance(data, bytes) else data
     at = bad = start
     while True:
@@ -149,9 +155,18 @@ def scan(data: bytes | memoryview, start: int = 0) -> Iterator[Found | Gap]:
             break
         try:
             header = read_header(raw, at)
+        except FormatError:
+            at += 1
+            continue
+        long = header.length > MAXIMUM
+        if at + header.size > len(raw) or (long and false > MAX_FALSE):
+            at += 1
+            continue
+        try:
             found = Found(at, header, read_data(raw, header, at))
         except FormatError:
             at += 1
+            false += header.length if long else 0
             continue
         if bad < at:
             yield Gap(bad, at)

@@ -29,6 +29,7 @@ from cidfs.formats.store_path import HASH_PART_LENGTH, check_hash_part
 
 FLAG_FETCHED: Final = 1
 FLAG_TO_MIRROR: Final = 2
+_KNOWN_FLAGS: Final = FLAG_FETCHED | FLAG_TO_MIRROR
 _COUNT: Final = struct.Struct("<IB")
 _ENTRY: Final = struct.Struct("<BQI")
 _PUBLICATION: Final = struct.Struct("<QII")
@@ -88,6 +89,8 @@ class Transaction:
 def _encode_entry(entry: Entry) -> bytes:
     match entry:
         case Publication():
+            if entry.flags & ~_KNOWN_FLAGS:
+                raise FormatError(f"journal: unknown flags {entry.flags:#x}")
             kind, payload = 1, _PUBLICATION.pack(entry.base, entry.count, entry.flags) + entry.record
         case Amendment():
             kind, payload = 2, _BASE.pack(entry.base) + entry.record
@@ -136,6 +139,8 @@ def _decode_entry(kind: int, serial: int, payload: bytes) -> Entry:
     try:
         if kind == 1:
             base, count, flags = _PUBLICATION.unpack_from(payload)
+            if flags & ~_KNOWN_FLAGS:
+                raise FormatError(f"journal: unknown flags {flags:#x}; a newer cidfs wrote this store")
             return Publication(serial, base, count, flags, payload[_PUBLICATION.size :])
         if kind == 2:
             return Amendment(serial, _BASE.unpack_from(payload)[0], payload[_BASE.size :])

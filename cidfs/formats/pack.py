@@ -54,7 +54,14 @@ def row_of(offset: int, header: frames.Header) -> Row:
 
 
 def build_footer(rows: Iterable[Row], offset: int) -> bytes:
-    """Return footer frame and trailer for a pack whose frames end at offset."""
+    """Return footer frame and trailer for a pack whose frames end at offset.
+
+    Raise FormatError for rows that no reader would accept.
+    """
+    rows = list(rows)
+    at = len(HEADER)
+    for row in rows:
+        at = _check_row(row, at, offset)
     packed = [_ROW.pack(r.digest, r.offset, r.stored, r.length, r.kind, r.encoding, 0) for r in rows]
     frame = frames.build_from(frames.KIND_FOOTER, _COUNT.pack(len(packed)) + b"".join(packed), compress=False)
     place = _TRAILER.pack(offset, len(frame))
@@ -89,10 +96,17 @@ def read_footer(frame: bytes, offset: int) -> list[Row]:
     at = len(HEADER)
     for digest, start, stored, length, kind, encoding, zero in _ROW.iter_unpack(data[_COUNT.size :]):
         row = Row(digest, start, stored, length, kind, encoding)
-        if zero or start < at or row.end > offset:
-            raise FormatError(f"pack: footer row with offset {start} overlaps or lies outside")
-        if not frames.possible_lengths(kind, stored, length):
-            raise FormatError(f"pack: footer row with offset {start} has impossible lengths")
-        at = row.end
+        if zero:
+            raise FormatError(f"pack: footer row with offset {start} has set reserved bytes")
+        at = _check_row(row, at, offset)
         rows.append(row)
     return rows
+
+
+def _check_row(row: Row, start: int, end: int) -> int:
+    """Check that a frame lies between two offsets; return where it ends."""
+    if row.offset < start or row.end > end:
+        raise FormatError(f"pack: footer row with offset {row.offset} overlaps or lies outside")
+    if not frames.possible_lengths(row.kind, row.stored, row.length):
+        raise FormatError(f"pack: footer row with offset {row.offset} has impossible lengths")
+    return row.end

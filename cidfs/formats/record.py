@@ -33,6 +33,7 @@ DOMAIN_TAG: Final = b"cidfs-record-1"
 MAGIC: Final = b"cidfsrec1"
 MAX_SIZE: Final = 64 << 20
 MAX_SIGNATURES: Final = 1000
+KNOWN_FEATURES: Final = 0
 _PRINTABLE: Final = re.compile(rb"[ -~]*")
 _U16: Final = struct.Struct("<H")
 _U32: Final = struct.Struct("<I")
@@ -227,6 +228,17 @@ def decode(data: bytes) -> Record:
         seals=seals,
         hints=tuple(hints),
     )
+
+
+def decode_known(data: bytes) -> Record:
+    """Return a record that this version can use; raise FormatError for one that needs more, too."""
+    found = decode(data)
+    if found.features & ~KNOWN_FEATURES:
+        unknown = found.features & ~KNOWN_FEATURES
+        raise FormatError(
+            f"record: {found.path} needs features {unknown:#x} that this cidfs does not know; use a newer one"
+        )
+    return found
 
 
 def merge(old: Record, new: Record) -> Record:

@@ -37,8 +37,8 @@ def disk_errors(path: Path | str, doing: str) -> Iterator[None]:
 def allocate(fd: int, size: int) -> None:
     """Give the first bytes of a file disk space of their own; raise OSError as the system does.
 
-    Not by posix_fallocate(3): where the file system cannot do it, that writes zeros, over what another process
-    may just be writing. There, nothing is done.
+    Not by posix_fallocate(3): where the file system cannot do it, that writes zeros, over what another
+    process may just be writing. There, nothing is done.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     arguments = (ctypes.c_int(fd), ctypes.c_int(0), ctypes.c_int64(0), ctypes.c_int64(size))

@@ -9,7 +9,9 @@ LMDB's own lock, which a stopped process would never give back.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -17,7 +19,8 @@ from typing import Any, Final
 import lmdb
 
 from cidfs.errors import CidfsError, DiskFailed, IndexLost, NotPermitted, StoreVersion
-from cidfs.local.files import disk_errors
+from cidfs.local import pages
+from cidfs.local.files import allocate, disk_errors
 from cidfs.local.rows import (
     DATABASES,
     PACK_ID_SIZE,
@@ -32,6 +35,8 @@ from cidfs.local.rows import (
 from cidfs.local.state import FIRST_INODE
 
 MAP_SIZE: Final = 128 << 30
+MAX_READERS: Final = 1024
+LOCK_SIZE: Final = (MAX_READERS + 3) * 64  # a cache line for each reader, and three for what is common
 MAX_OPEN_PACKS: Final = 32  # remembered for each kind; older ones just stay short
 
 
@@ -43,7 +48,7 @@ def _open_environment(path: Path, *, write: bool, sync: bool) -> lmdb.Environmen
                 str(path),
                 map_size=size,
                 max_dbs=32,
-                max_readers=1024,
+                max_readers=MAX_READERS,
                 max_spare_txns=4,
                 readonly=not write,
                 create=write,
@@ -70,21 +75,48 @@ def _not_opened(path: Path, error: lmdb.Error) -> CidfsError:
     return IndexLost(f"{path}: the index cannot be opened ({error}); run `cidfs rebuild`")
 
 
-def lengthen(path: Path) -> None:
-    """Make the file of an index that was cut short as long as it says it is.
+def require_whole(path: Path) -> None:
+    """Raise IndexLost when anything is wrong with the pages of an index: all of them are looked at.
 
-    Zeros are found to be wrong, while a read behind the end of a mapped file kills the process.
+    For who must not die of it: a read of a damaged page can kill the process.
     """
-    env = _open_environment(path, write=False, sync=True)
-    try:
-        end = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
-        with disk_errors(path, "read"):
-            if (path / "data.mdb").stat().st_size < end:
-                os.truncate(path / "data.mdb", end)
-    except lmdb.Error as e:
-        raise IndexLost(f"{path}: the index cannot be read ({e}); run `cidfs rebuild`") from e
-    finally:
-        env.close()
+    pages.check(path, deep=True)
+
+
+lengthen = require_whole
+_DAMAGE: Final = (
+    lmdb.CorruptedError,
+    lmdb.PageNotFoundError,
+    lmdb.CursorFullError,
+    lmdb.PageFullError,
+    lmdb.InvalidError,
+)  # what LMDB calls pages that cannot be
+_OPEN: Final[weakref.WeakValueDictionary[str, Index]] = weakref.WeakValueDictionary()
+
+
+def _allocate_lock_file(path: Path) -> None:
+    """Give the lock file of an index the disk space that it claims.
+
+    LMDB maps it and writes to it by way of that: where the disk is full, a hole in it kills the process.
+    """
+    lock = path / "lock.mdb"
+    if os.path.realpath(path) in _OPEN:
+        return  # closing a descriptor of it here would end the locks that LMDB holds on it
+    with contextlib.suppress(FileNotFoundError):
+        there = os.stat(lock)
+        if there.st_size >= LOCK_SIZE and there.st_blocks * 512 >= there.st_size:
+            return
+    with disk_errors(lock, "make"):
+        try:
+            fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as e:
+            if e.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+                return  # LMDB says what it makes of that
+            raise
+        try:
+            allocate(fd, LOCK_SIZE)
+        finally:
+            os.close(fd)
 
 
 class Index:
@@ -97,7 +129,12 @@ class Index:
         self.number = number
         self.writable = write
         self.damaged_rows = 0
+        if not create:
+            pages.check(path)
+        _allocate_lock_file(path)
         self.env = _open_environment(path, write=write, sync=sync)
+        self._name = os.path.realpath(path)
+        _OPEN[self._name] = self
         try:
             self.env.reader_check()
             self.db: dict[str, Any] = {
@@ -146,6 +183,8 @@ class Index:
                 txn = WriteTxn(self, raw)
                 yield txn
                 txn.settle()
+        except _DAMAGE as e:
+            raise IndexLost(f"{self.path}: the index is damaged ({e}); run `cidfs rebuild`") from e
         except lmdb.Error as e:
             raise DiskFailed(f"{self.path}: cannot write the index ({e}); is the disk full?") from e
 
@@ -172,6 +211,7 @@ class Index:
 
     def close(self) -> None:
         """Close the environment; nothing may use it any more."""
+        _OPEN.pop(self._name, None)
         self.env.close()
 
 

@@ -42,6 +42,7 @@ class Report:
     chunks: int = 0
     manifests: int = 0
     packs: int = 0
+    lost_manifests: int = 0  # of published paths
     problems: list[str] = field(default_factory=list)
 
 
@@ -242,7 +243,8 @@ class _Rebuild:
                 raise IndexLost("its manifest is in no pack")
             manifest = Manifest(reader.read(rec.manifest, Place.unpack(raw)))
         except CidfsError as e:
-            self._report.problems.append(f"{rec.path}: {e}; `cidfs verify` says what it touches")
+            self._report.lost_manifests += 1
+            self._report.problems.append(f"{rec.path}: {e}")
             return 0, 0
         return manifest.total_size, manifest.count_of(FILE) + manifest.count_of(EXECUTABLE)
 

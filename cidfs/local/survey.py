@@ -206,7 +206,8 @@ class Survey:
             if removed or path is None:
                 return  # nobody can read it any more
             raise Damaged(
-                f"{row.hash_part.decode()}-{path.name.decode()}: its manifest cannot be read, so nobody knows what it needs ({e});"
+                f"{row.hash_part.decode()}-{path.name.decode()}: its manifest cannot be read, so nobody knows"
+                f" what it needs ({e});"
                 " nothing is collected: `cidfs verify --repair`, or remove it"
             ) from e
         done.add(row.manifest)

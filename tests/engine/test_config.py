@@ -30,6 +30,15 @@ def test_defaults() -> None:
     assert settings.mount.list_root is False
     assert settings.mount.transport == "auto"
     assert settings.store.state == str(config.default_state())
+    assert settings.trust.public_keys == (), "nobody is trusted unasked"
+    assert settings.trust.require_signatures is True
+
+
+def test_whom_to_trust(tmp_path: Path) -> None:
+    text = '[trust]\npublic_keys = ["a-1:AA==", "b-1:BB=="]\nrequire_signatures = false\n'
+    settings = config.load(write(tmp_path / "c.toml", text), None)
+    assert settings.trust.public_keys == ("a-1:AA==", "b-1:BB==")
+    assert settings.trust.require_signatures is False
 
 
 def test_a_file(tmp_path: Path) -> None:
@@ -72,6 +81,8 @@ def test_the_state_folder_of_a_user(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ("top = 1\n", "top"),
         ("[mount]\nlist_root = 1\n", "list_root"),
         ('[mount]\ntransport = "carrier pigeon"\n', "transport"),
+        ("[trust]\npublic_keys = 'a-1:AA=='\n", "public_keys"),
+        ("[trust]\nrequire_signature = false\n", "require_signature"),
         ("[store\n", ""),
         ('[store]\nstate = "a"\nstate = "b"\n', ""),
         ("[store]\nlock_timeout = 'x'\n", "lock_timeout"),

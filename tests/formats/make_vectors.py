@@ -224,7 +224,7 @@ FROZEN: Final[dict[str, Callable[[], bytes]]] = {
     "zstd.hex": lambda: hex_lines(chunking.encode(FROZEN_DATA["zstd.hex"])[1]),
 }
 
-FROM_NIX: Final = ("awkward-tree.nar", "sha256.json", "nix32.json", "store-paths.json")
+FROM_NIX: Final = ("awkward-tree.nar", "narinfo.json", "nix32.json", "sha256.json", "store-paths.json")
 
 
 def main(folder: Path = VECTORS) -> None:

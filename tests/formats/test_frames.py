@@ -11,6 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from cidfs.errors import FormatError
+from cidfs.formats import frames
 from cidfs.formats.chunking import ENCODING_RAW, ENCODING_ZSTD, MAX_DECODED, MAXIMUM, encode
 from cidfs.formats.digest import checksum, digest_of
 from cidfs.formats.frames import (
@@ -285,3 +286,23 @@ def test_any_bytes_are_gaps_or_a_format_error(junk: bytes, offset: int) -> None:
             read_header(data, offset)
         with pytest.raises(FormatError):
             read_data(data, Header(KIND_CHUNK, ENCODING_RAW, len(junk) + 1, len(junk) + 1, bytes(32)), offset)
+
+
+def test_heads_of_long_frames_that_are_none_do_not_make_a_scan_endless(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each claims most of what follows: to check them all would be quadratic."""
+    heads = forged(KIND_MANIFEST, ENCODING_RAW, 0, 1 << 20, 1 << 20) * (1 << 16)
+    chunk = build_from(KIND_CHUNK, b"chunk")
+    checked = 0
+
+    def counted(data: bytes) -> bytes:
+        nonlocal checked
+        checked += len(data)
+        return digest_of(data)
+
+    monkeypatch.setattr(frames, "MAX_FALSE", 64 << 20)
+    monkeypatch.setattr(frames, "digest_of", counted)
+    told = list(scan(heads + chunk))
+    assert [type(item) for item in told] == [Gap, Found]
+    assert checked < 80 << 20

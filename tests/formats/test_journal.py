@@ -29,7 +29,7 @@ u64 = st.one_of(st.integers(0, (1 << 64) - 1), st.sampled_from([0, 1 << 63, (1 <
 records = st.binary(max_size=60)
 entry_lists: st.SearchStrategy[list[Entry]] = st.lists(
     st.one_of(
-        st.builds(Publication, u64, u64, u32, u32, records),
+        st.builds(Publication, u64, u64, u32, st.integers(0, 3), records),
         st.builds(Amendment, u64, u64, records),
         st.builds(Removal, u64, u64, hash_parts),
         st.builds(Checkpoint, u64, u64, st.lists(u64, max_size=5).map(tuple)),
@@ -101,6 +101,8 @@ def test_a_changed_byte_is_an_error_or_says_something_else(at: int, mask: int) -
         (transaction(entry(6, 5, bytes(40))), "unknown entry kind 6; a newer"),
         (transaction(entry(255, 5, b"")), "unknown entry kind 255; a newer"),
         (transaction(entry(1, 5, bytes(15))), "of kind 1 that is cut short"),
+        (transaction(entry(1, 5, struct.pack("<QII", 16, 1, 4))), "unknown flags 0x4; a newer"),
+        (transaction(entry(1, 5, struct.pack("<QII", 16, 1, 1 << 31))), "unknown flags 0x80000000; a newer"),
         (transaction(entry(2, 5, bytes(7))), "of kind 2 that is cut short"),
         (transaction(entry(3, 5, bytes(8) + b"0" * 31)), "removal of wrong length"),
         (transaction(entry(3, 5, bytes(8) + b"0" * 33)), "removal of wrong length"),
@@ -117,6 +119,11 @@ def test_a_changed_byte_is_an_error_or_says_something_else(at: int, mask: int) -
 def test_a_wrong_transaction_is_refused_with_its_reason(body: bytes, reason: str) -> None:
     with pytest.raises(FormatError, match=f"(?s){reason}"):
         decode(body)
+
+
+def test_flags_that_could_not_be_read_again_are_not_written() -> None:
+    with pytest.raises(FormatError, match="unknown flags 0x4"):
+        encode([Publication(1, 16, 1, 4, b"record")])
 
 
 @pytest.mark.parametrize("hash_part", ["", "0" * 31, "0" * 33, "e" * 32, "é" * 32])

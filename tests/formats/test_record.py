@@ -14,7 +14,7 @@ from cidfs.formats import record
 from cidfs.formats.chunking import MAXIMUM
 from cidfs.formats.manifest import DIRECTORY, EXECUTABLE, FILE, MAX_NODES, SYMLINK, Manifest
 from cidfs.formats.nar import MAX_FILE
-from cidfs.formats.record import MAX_SIGNATURES, Record, body, decode, encode
+from cidfs.formats.record import MAX_SIGNATURES, Record, body, decode, decode_known, encode
 from cidfs.formats.store_path import StorePath
 from tests.formats.make_vectors import FULL_RECORD, SMALL_RECORD
 from tests.formats.model import manifest_of, trees
@@ -357,3 +357,12 @@ def test_as_many_signatures_as_are_allowed_are_read_back() -> None:
     many = tuple(f"{i:05}" for i in range(MAX_SIGNATURES))
     value = changed(signatures=many, seals=many)
     assert decode(encode(value)) == value
+
+
+def test_a_record_that_needs_what_is_not_known_is_read_and_not_used() -> None:
+    needy = changed(features=4)
+    assert decode(encode(needy)) == needy
+    with pytest.raises(FormatError, match="needs features 0x4 "):
+        decode_known(encode(needy))
+    plain = changed(features=0)
+    assert decode_known(encode(plain)) == plain

@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import Any, Concatenate, Final, ParamSpec
 
 from cidfs.errors import CidfsError, DiskFailed
+from cidfs.formats.store_path import StorePath
 from cidfs.local import journal as journal_module
 from cidfs.local import publish as publish_module
+from cidfs.local.collect import collect
 from cidfs.local.files import sync_folder
 from cidfs.local.rebuild import rebuild
 from cidfs.local.rows import Place
@@ -288,3 +290,30 @@ def hold_lease(pipe: Connection, root: Path, kind: str) -> None:
         lease.release()
         pipe.send("released")
         pipe.recv()
+
+
+def ingest_groups(pipe: Connection, root: Path, groups: Sequence[Sequence[Package]]) -> None:
+    """Publish groups under a lease, as an ingest does."""
+    with LocalStore.open(root) as store:
+        lease = store.lease("ingest")
+    try:
+        publish_groups(pipe, root, groups)
+    finally:
+        lease.release()
+
+
+def remove_paths(pipe: Connection, root: Path, items: Sequence[StorePath]) -> None:
+    """Remove paths, and report those that are gone: (removed, names)."""
+
+    def gone(paths: Sequence[StorePath]) -> None:
+        pipe.send(("removed", [path.name for path in paths]))
+
+    with LocalStore.open(root, write=True, lock_timeout=10) as store:
+        absent = store.remove(items, on_removed=gone)
+        pipe.send(("removed", [path.name for path in absent]))
+
+
+def collect_it(pipe: Connection, root: Path, lock_timeout: float = 10) -> None:
+    """Collect what nobody needs, and report the problems."""
+    with LocalStore.open(root, write=True, lock_timeout=lock_timeout) as store:
+        pipe.send(("collected", collect(store).problems))

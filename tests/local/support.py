@@ -228,6 +228,10 @@ class Ledger:
         """A publication was reported as done."""
         assert self.bases.setdefault(name, base) == base, f"{name} was promised another base before"
 
+    def withdraw(self, name: str) -> None:
+        """A removal was begun: the path may be there or not."""
+        self.bases.pop(name, None)
+
     def look(self, root: Path) -> dict[str, int]:
         """Check all that is visible in a store; return base by name."""
         found: dict[str, int] = {}

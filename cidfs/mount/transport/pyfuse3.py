@@ -111,7 +111,7 @@ class Pyfuse3Transport(pyfuse3.Operations):
 
     def forget_name(self, name: bytes) -> None:
         """Let the kernel forget that a name was in the root; who has it open keeps what it has."""
-        # on a thread of the library's own: a request that waits for us may hold what the kernel needs for this
+        # on a thread of the library's own: a request that waits for us may hold what the kernel needs
         pyfuse3.invalidate_entry_async(InodeT(ROOT), FileNameT(name), ignore_enoent=True)
 
     def init(self) -> None:

@@ -1,0 +1,1 @@
+"""The floor of other machines' disks."""

@@ -1,0 +1,203 @@
+# ruff: noqa: F811 (fixtures of other folders are imported by name)
+"""A disk that is full at any point: one line of error, nothing lost, and removing makes room at once."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+
+from cidfs.errors import DiskFailed, exit_code
+from cidfs.local.room import restore
+from tests.commands import Store, store_in
+from tests.local.conftest import empty_store, room, root, small  # noqa: F401 (fixtures)
+from tests.local.support import copy_store, few_urandom
+from tests.power.conftest import commands, library, material  # noqa: F401 (fixtures)
+from tests.power.judge import is_tidy, look
+from tests.power.material import Material
+from tests.power.runner import Runner, runner
+from tests.power.shares import in_shares, is_mine
+from tests.system.support import describe, make_files, noise
+from tests.system.test_kills import Scene, base, scenes  # noqa: F401 (fixtures)
+
+FULL = exit_code(DiskFailed(""))
+ONE_OF = 1 if Store.long else 10  # of the calls from which on the disk is full
+STEP = 4 << 10 if Store.long else 96 << 10  # from one amount of free space to the next
+PAGE = 4096
+
+
+@dataclass
+class SmallDisk:
+    """A file system in memory of a few megabytes, and a file that fills it."""
+
+    folder: Path
+
+    def free(self) -> int:
+        """Return how many bytes are free."""
+        info = os.statvfs(self.folder)
+        return info.f_bavail * info.f_frsize
+
+    def fill(self, left: int = 0) -> None:
+        """Leave just so many bytes free."""
+        with open(self.folder / "filler", "ab") as file:
+            more = (self.free() - left) // PAGE * PAGE
+            if more > 0:
+                os.posix_fallocate(file.fileno(), file.seek(0, os.SEEK_END), more)
+            elif more < 0:
+                file.truncate(max(0, file.tell() + more))
+
+    def empty(self) -> None:
+        """Take the filler away."""
+        (self.folder / "filler").unlink(missing_ok=True)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    """A small disk; only root may mount one."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", folder], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted: {mounted.stderr.decode().strip()}")
+    yield SmallDisk(folder)
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.parametrize("name", ["add", "import", "remove", "gc", "rebuild"])
+def test_little_room_is_left(
+    base: Path, disk: SmallDisk, commands: Runner, material: Material, name: str
+) -> None:
+    """None, a page, a few more: the command ends well or with one line, and a removal makes room."""
+    scene = scenes(name, base, material)
+    scene.play(commands, copy_store(base, base.with_name("whole")))
+    failed = left = 0
+    while left == 0 or failed:
+        disk.empty()
+        here = copy_store(base, disk.folder / "state")
+        restore(here)  # the ballast, that small stores of these tests do without
+        disk.fill(left)
+        failed = run_when_full(commands, scene, here)
+        shutil.rmtree(here)
+        left += STEP
+        assert left < 8 << 20
+    assert left > STEP or name in ("remove", "gc"), "the disk was never full"
+
+
+def run_when_full(commands: Runner, scene: Scene, here: Path) -> int:
+    """Run the command of a scene, then make room on the disk, which nobody else does; return its code."""
+    promises = scene.promises.copy()
+    promises.begin(scene.words[0], scene.paths)
+    done = commands.run(here, *scene.words, stdin=Path(scene.stdin))
+    if done.code:
+        line = done.failed(FULL)
+        assert "full" in line, line
+        assert scene.words[0] not in ("remove", "gc"), f"there was a ballast: {line}"
+    promises.done(scene.words[0], [line for line in done.out if line.startswith("/nix/store/")])
+    there = look(here, scene.known, promises)
+    for victim in sorted(there)[:1]:
+        commands.run(here, "remove", victim).good()
+        promises.begin("remove", [victim])
+        promises.done("remove", [victim])
+        del there[victim]
+    commands.run(here, "gc").good()
+    assert look(here, scene.known, promises) == there
+    is_tidy(here)
+    return done.code
+
+
+def test_full_again_and_again_below_a_mount(disk: SmallDisk, tmp_path: Path) -> None:
+    """What is here can be read all the time, removal and collection work each time, and then adding does."""
+    mountpoint = tmp_path / "mnt"
+    mountpoint.mkdir()
+    trees = [tree_of(tmp_path, i) for i in range(12 if Store.long else 5)]
+    expected = {tree.name: describe(tree) for tree in trees}
+
+    def is_whole() -> None:
+        for name in here:
+            assert describe(mountpoint / name) == expected[name[33:]]
+
+    with store_in(disk.folder) as store:
+        here = store.add(*trees[:2])
+        store.mount(mountpoint)
+        for tree in trees[2:]:
+            disk.fill()
+            assert "full" in store.error("add", tree, code=FULL)
+            is_whole()
+            store.error("rebuild", code=FULL)
+            is_whole()
+            gone = here.pop(0)
+            store.run("remove", gone)
+            store.run("gc")
+            is_whole()
+            assert not (mountpoint / gone).exists()
+            store.umount(mountpoint)  # till then, what was removed can be read on by who has it open
+            store.mount(mountpoint)
+            store.run("gc")
+            here += store.add(tree)
+            is_whole()
+        store.umount(mountpoint)
+        disk.empty()
+        store.run("verify")
+
+
+def tree_of(folder: Path, number: int) -> Path:
+    """Make a tree, each a little smaller than the one before."""
+    size = 1_500_000 - 60_000 * number
+    files = {b"a": noise(f"a{number}", size), b"b/c": noise(f"c{number}", 700_000), b"d": noise("d", 100_000)}
+    return make_files(folder / f"tree-{number}", files)
+
+
+def full_share(pipe: Connection, part: int, parts: int, library: Path, room: Path, scene: Scene) -> None:
+    """Let the disk be full from a share of a command's calls on, in each way."""
+    os.urandom = few_urandom
+    with runner(library) as commands:
+        calls = commands.run(
+            copy_store(scene.state, room / f"count-{part}"), *scene.words, stdin=Path(scene.stdin)
+        ).calls
+        cases = [(n, tear, mode) for n in range(1, calls + 1) for tear in (False, True) for mode in (1, 2)]
+        mine = [case for case in cases if is_mine(case, part, parts)]
+        for full_at, tear, mode in mine:
+            pipe.send(
+                f"{scene.words}: full from call {full_at} on, mode {mode}{', with a torn write' * tear}"
+            )
+            here = copy_store(scene.state, room / f"store-{part}")
+            words, stdin = scene.words, Path(scene.stdin)
+            done = commands.run(here, *words, stdin=stdin, full_at=full_at, tear=tear, mode=mode)
+            promises = scene.promises.copy()
+            promises.begin(words[0], scene.paths)
+            if done.code:
+                done.failed(FULL)
+            promises.done(words[0], [line for line in done.out if line.startswith("/nix/store/")])
+            before = look(here, scene.known, promises)
+            if words[0] == "remove":
+                words = ["remove", *(p for p in scene.paths if p in before)]
+            if len(words) > 1 or words[0] != "remove":
+                commands.run(here, *words, stdin=stdin).good()
+            promises.done(words[0], scene.paths)
+            after = look(here, scene.known, promises, verified=False)
+            assert all(after[p] == base for p, base in before.items() if p in after)
+            commands.run(here, "gc").good()
+            assert look(here, scene.known, promises) == after
+            is_tidy(here)
+            shutil.rmtree(here)
+    pipe.send(len(mine))
+
+
+@pytest.mark.parametrize("name", ["add", "import", "remove", "gc", "rebuild"])
+def test_full_from_any_call_on(
+    base: Path, room: Path, commands: Runner, library: Path, material: Material, name: str
+) -> None:
+    """Files cannot grow any more, or nothing can be written or synced at all; later there is room again."""
+    scene = scenes(name, base, material)
+    scene.play(commands, copy_store(base, room / "whole"))
+    assert in_shares(full_share, ONE_OF, library, room, scene) >= 40 // ONE_OF

@@ -1,0 +1,1 @@
+"""tools/bench: cidfs beside what people use today, on the same data, in one run."""
