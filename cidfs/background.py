@@ -88,7 +88,6 @@ def _child(plan: daemon.MountPlan, writing: int) -> NoReturn:
         with contextlib.suppress(OSError):  # told already, or the caller has gone
             told = text.encode(errors="backslashreplace").decode()
             os.write(writing, msgspec.json.encode(_Report(kind, told)) + b"\n")
-            os.close(writing)
 
     def ready() -> None:
         # from here on nobody waits for our words: standard error becomes the log

@@ -14,6 +14,8 @@ from typing import Final
 
 import msgspec
 
+from cidfs.errors import CidfsError
+
 VERSION: Final = 1
 MAX_LINE: Final = 1 << 20
 DEFAULT_TIMEOUT: Final = 2.0
@@ -62,7 +64,7 @@ class DaemonStats(msgspec.Struct, frozen=True):
 def ask(path: Path, request: Request, timeout: float = DEFAULT_TIMEOUT) -> DaemonStats:
     """Ask the daemon that listens at a path.
 
-    Raise OSError or msgspec.MsgspecError when it does not answer properly.
+    Raise OSError when it does not answer, CidfsError when it answers what is no answer.
     """
     deadline = time.monotonic() + timeout
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as connection:
@@ -77,7 +79,10 @@ def ask(path: Path, request: Request, timeout: float = DEFAULT_TIMEOUT) -> Daemo
             if not piece:
                 break
             answer += piece
-    return msgspec.json.decode(answer, type=DaemonStats)
+    try:
+        return msgspec.json.decode(answer, type=DaemonStats)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as e:
+        raise CidfsError(f"{path}: not the answer of a daemon: {e}") from None
 
 
 class SocketAddress:

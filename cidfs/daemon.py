@@ -189,7 +189,7 @@ class _Daemon:
                 line += piece
             try:
                 request = msgspec.json.decode(line, type=control.Request)
-            except msgspec.MsgspecError as e:
+            except (msgspec.MsgspecError, UnicodeDecodeError) as e:
                 log.warning("control socket: %s", e)
                 return
             if request.do == "refresh":

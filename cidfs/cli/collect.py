@@ -14,7 +14,7 @@ import typer
 from cidfs import control
 from cidfs.cli.common import GLOBALS, store_path
 from cidfs.cli.output import result, say, size_text, steps_progress
-from cidfs.errors import InUse, PathAbsent
+from cidfs.errors import CidfsError, InUse, PathAbsent
 from cidfs.formats.store_path import StorePath
 from cidfs.local.store import LocalStore
 from cidfs.local.survey import Report
@@ -79,7 +79,7 @@ def _tell_mounts(store: LocalStore) -> None:
     """Have running mounts look at once; without it they look within a second or two."""
     for path, info in store.state.leases():
         if info.kind == "mount":
-            with contextlib.suppress(OSError, msgspec.MsgspecError):
+            with contextlib.suppress(OSError, CidfsError):
                 control.ask(path.with_suffix(".sock"), control.Request("refresh"))
 
 

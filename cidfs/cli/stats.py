@@ -84,7 +84,7 @@ def collect(store: LocalStore) -> Stats:
             continue
         try:
             daemons.append(control.ask(path.with_suffix(".sock"), control.Request("stats")))
-        except (OSError, msgspec.MsgspecError, CidfsError) as e:
+        except (OSError, CidfsError) as e:
             say(f"cidfs: the daemon of {info.mountpoint} (process {info.pid}) does not answer: {e}")
     return Stats(
         schema=SCHEMA,

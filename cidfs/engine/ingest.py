@@ -1,15 +1,15 @@
 """Ingest: sources in, published store paths out.
 
-One pipeline for any number of paths. A thread reads and hashes the NAR; others digest, look up and compress;
-one appends to packs, in order; groups of finished paths are synced and published together. Everything that
-waits does so on worker threads; the trio task alone decides the order.
+One pipeline for any number of paths (the threads are those of `lanes`). One reads and hashes the NAR; others
+digest, look up and compress; one appends to packs, in order, syncs groups of finished paths and publishes
+them. What the caller is told, he is told on the trio thread.
 
     reader ──batches──► encoders (one a core) ──in order──► writer ──groups──► LocalStore.publish
 """
 
 from __future__ import annotations
 
-import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
@@ -17,6 +17,7 @@ from typing import Final
 import msgspec
 import trio
 
+from cidfs.engine.lanes import Lanes
 from cidfs.engine.progress import Progress
 from cidfs.engine.sources import Batch, Data, Tree
 from cidfs.engine.wanted import Wanted
@@ -37,6 +38,8 @@ GROUP_CHUNKS: Final = 200_000
 GROUP_SECONDS: Final = 0.2
 ROWS_A_TRANSACTION: Final = 2000
 BATCHES_AHEAD: Final = 8
+TELL_SECONDS: Final = 0.1
+MANIFEST_LEVEL: Final = 9
 SYNC_ATTEMPTS: Final = 3
 
 
@@ -58,7 +61,6 @@ class _Slot:
     failure: CidfsError | None = None
     known: Candidate | None = None
     encoded: Encoded = field(default_factory=list)
-    done: trio.Event = field(default_factory=trio.Event)
 
 
 class _Ingest:
@@ -81,62 +83,46 @@ class _Ingest:
         self._ready_chunks = 0
         self._first_ready = 0.0
         self._places: bytearray = bytearray()  # of the tree that is being written
+        self._untold = 0
+        self._told = 0.0
         self.outcomes: list[Published] = []
 
     async def run(self, wanted: Iterable[Wanted]) -> None:
-        workers = os.cpu_count() or 1
-        to_encode, encodable = trio.open_memory_channel[_Slot](workers)
-        to_write, writable = trio.open_memory_channel[_Slot](BATCHES_AHEAD)
+        lanes = Lanes(self._encode, self._write, BATCHES_AHEAD)
         try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._read, iter(wanted), to_encode, to_write)
-                for _ in range(workers):
-                    nursery.start_soon(self._encode, encodable.clone())
-                encodable.close()
-                await self._write(writable)
+            await lanes.run(self._read(wanted))
+            await trio.to_thread.run_sync(self._flush)
+            self._progress.bytes(self._untold)
         finally:
             self._own.close()
             self._manifests.close()
 
     # --- reading
 
-    async def _read(
-        self,
-        wanted: Iterator[Wanted],
-        to_encode: trio.MemorySendChannel[_Slot],
-        to_write: trio.MemorySendChannel[_Slot],
-    ) -> None:
-        async with to_encode, to_write:
-            for item in wanted:
-                self._progress.path(item.source.label)
-                known = await trio.to_thread.run_sync(self._known, item)
-                if known is not None:
-                    here = _Slot(item, Tree(), [], known=known)
-                    here.done.set()
-                    await to_write.send(here)
-                    continue
-                tree = Tree()
-                batches = item.source.read(tree)
-                slot: _Slot | None = None
-                failure: CidfsError | None = None
-                while True:
-                    try:
-                        batch = await trio.to_thread.run_sync(next, batches, None, abandon_on_cancel=True)
-                    except CidfsError as e:
-                        failure, batch = e, None
+    def _read(self, wanted: Iterable[Wanted]) -> Iterator[_Slot]:
+        for item in wanted:
+            trio.from_thread.run_sync(self._progress.path, item.source.label)
+            known = self._known(item)
+            if known is not None:
+                yield _Slot(item, Tree(), [], known=known)
+                continue
+            tree = Tree()
+            slot: _Slot | None = None
+            try:
+                for batch in item.source.read(tree):
                     if slot is not None:
-                        slot.last = batch is None and failure is None
-                        await to_write.send(slot)
-                        await to_encode.send(slot)
-                    if batch is None:
-                        break
+                        yield slot
                     slot = _Slot(item, tree, batch)
-                if failure is not None:
-                    stop = _Slot(item, tree, [], failure=failure)
-                    stop.done.set()
-                    await to_write.send(stop)
-                    if self._on_failed is None:
-                        return
+            except CidfsError as e:
+                if slot is not None:
+                    yield slot
+                yield _Slot(item, tree, [], failure=e)
+                if self._on_failed is None:
+                    return
+            else:
+                if slot is not None:
+                    slot.last = True
+                    yield slot
 
     def _known(self, wanted: Wanted) -> Candidate | None:
         """Return the candidate for a path that is published with the same contents, or None."""
@@ -156,12 +142,9 @@ class _Ingest:
 
     # --- digesting and compressing
 
-    async def _encode(self, encodable: trio.MemoryReceiveChannel[_Slot]) -> None:
-        async with encodable:
-            async for slot in encodable:
-                slot.encoded = await trio.to_thread.run_sync(self._encode_batch, slot.batch)
-                slot.batch = []
-                slot.done.set()
+    def _encode(self, slot: _Slot) -> None:
+        slot.encoded = self._encode_batch(slot.batch)
+        slot.batch = []
 
     def _encode_batch(self, batch: Batch) -> Encoded:
         digests = [digest_of(data) for data in batch]
@@ -180,44 +163,45 @@ class _Ingest:
 
     # --- writing and publishing
 
-    async def _write(self, writable: trio.MemoryReceiveChannel[_Slot]) -> None:
-        async with writable:
-            async for slot in writable:
-                await slot.done.wait()
-                if slot.failure is not None:
-                    self._places = bytearray()
-                    await self._fail(slot.failure)
-                    continue
-                if slot.known is not None:
-                    self._add_ready(slot.known)
-                    if self._group_is_full():
-                        await self._flush()
-                    continue
-                await trio.to_thread.run_sync(self._store_batch, slot)
-                self._progress.bytes(sum(item[4] for item in slot.encoded))
-                slot.encoded = []
-                if slot.last:
-                    try:
-                        candidate = await trio.to_thread.run_sync(self._finish, slot.wanted, slot.tree)
-                    except CidfsError as e:
-                        await self._fail(e)
-                        continue
-                    self._add_ready(candidate)
-                if self._group_is_full():
-                    await self._flush()
-                elif len(self._new_chunks) >= ROWS_A_TRANSACTION:
-                    await trio.to_thread.run_sync(self._commit_rows)
-        await self._flush()
+    def _write(self, slot: _Slot) -> None:
+        if slot.failure is not None:
+            self._places = bytearray()
+            self._fail(slot.failure)
+            return
+        if slot.known is not None:
+            self._add_ready(slot.known)
+        else:
+            self._store_batch(slot)
+            self._tell(sum(item[4] for item in slot.encoded))
+            slot.encoded = []
+            if slot.last:
+                try:
+                    candidate = self._finish(slot.wanted, slot.tree)
+                except CidfsError as e:
+                    self._fail(e)
+                    return
+                self._add_ready(candidate)
+        if self._group_is_full():
+            self._flush()
+        elif len(self._new_chunks) >= ROWS_A_TRANSACTION:
+            self._commit_rows()
 
-    async def _fail(self, error: CidfsError) -> None:
+    def _tell(self, count: int) -> None:
+        """Tell the progress, not more often than someone can see."""
+        self._untold += count
+        if (now := time.monotonic()) - self._told >= TELL_SECONDS:
+            trio.from_thread.run_sync(self._progress.bytes, self._untold)
+            self._told, self._untold = now, 0
+
+    def _fail(self, error: CidfsError) -> None:
         """Publish what was finished before; then report the error and go on, or end with it."""
-        await self._flush()
+        self._flush()
         if self._on_failed is None:
             raise error
-        self._on_failed(error)
+        trio.from_thread.run_sync(self._on_failed, error)
 
     def _add_ready(self, candidate: Candidate) -> None:
-        self._first_ready = self._first_ready if self._ready else trio.current_time()
+        self._first_ready = self._first_ready if self._ready else time.monotonic()
         self._ready.append(candidate)
         self._ready_chunks += len(candidate.digests) // 32
 
@@ -225,7 +209,7 @@ class _Ingest:
         return bool(self._ready) and (
             len(self._ready) >= GROUP_PATHS
             or self._ready_chunks >= GROUP_CHUNKS
-            or trio.current_time() - self._first_ready >= GROUP_SECONDS
+            or time.monotonic() - self._first_ready >= GROUP_SECONDS
         )
 
     def _store_batch(self, slot: _Slot) -> None:
@@ -273,7 +257,9 @@ class _Ingest:
         digest = digest_of(raw)
         place = self._new_manifests.get(digest) or self._store.place("manifests", digest)
         if place is None:
-            place = self._new_manifests[digest] = self._manifests.append(digest, *encode(raw), len(raw))
+            place = self._new_manifests[digest] = self._manifests.append(
+                digest, *encode(raw, MANIFEST_LEVEL), len(raw)
+            )
         path, ca = wanted.path, wanted.ca
         of_contents = fixed_output_path(
             nar_hash, path.name if path is not None else wanted.name, self._store.store_dir
@@ -331,17 +317,14 @@ class _Ingest:
         self._ready = [replace(c, manifest_place=new) if c.manifest_place == old else c for c in self._ready]
         return new
 
-    async def _flush(self) -> None:
+    def _flush(self) -> None:
         """Publish the finished paths."""
         if self._ready:
-            outcomes = await trio.to_thread.run_sync(self._publish)
+            self._commit_rows()
+            ready, self._ready, self._ready_chunks = self._ready, [], 0
+            outcomes = self._store.publish(ready)
             self.outcomes += outcomes
-            self._on_published(outcomes)
-
-    def _publish(self) -> list[Published]:
-        self._commit_rows()
-        ready, self._ready, self._ready_chunks = self._ready, [], 0
-        return self._store.publish(ready)
+            trio.from_thread.run_sync(self._on_published, outcomes)
 
 
 async def ingest(

@@ -36,7 +36,7 @@ from cidfs.local.audit import frames_of
 from cidfs.local.files import sync_folder
 from cidfs.local.pack_scan import all_packs
 from cidfs.local.packs import MANIFEST, OWN, PackWriter, pack_path
-from cidfs.local.rows import PathRow, Place
+from cidfs.local.rows import PackRow, PathRow, Place
 from cidfs.local.store import LocalStore, PublishedPath
 from cidfs.remote.upstream import open_upstream
 
@@ -167,10 +167,17 @@ class Repair:
                 for bad in list(mender.left["chunks"].values()):
                     if not bad.needed and bad.place is not None:
                         mender.forget(bad)
+                        if self._is_sealed(bad.place):  # its footer would bring the row back
+                            self._ledger.bad_packs.setdefault(bad.place.pack, bad.finding)
             self._move_out(mender)
             self._judge(mender, sources)
         finally:
             mender.close()
+
+    def _is_sealed(self, place: Place) -> bool:
+        with self._store.read() as txn:
+            raw = txn.get("packs", place.pack)
+        return raw is not None and bool(PackRow.unpack(raw).sealed)
 
     # --- from other packs
 

@@ -21,6 +21,7 @@ BATCH_BYTES: Final = 1 << 20
 BATCH_CHUNKS: Final = 256
 WHOLE_FILE: Final = 1 << 20  # up to here a file is read in one piece
 PIECE: Final = 4 << 20
+HASH_BYTES: Final = 64 << 10
 
 Data = bytes | memoryview
 Batch = list[Data]
@@ -33,15 +34,29 @@ class Tree:
         self.builder = ManifestBuilder()
         self.nar_size = 0
         self._hash = hashlib.sha256()
+        self._unhashed: list[Data] = []
+        self._unhashed_bytes = 0
 
     def hash(self, data: Data) -> None:
-        """Take the next bytes of the NAR."""
-        self._hash.update(data)
-        self.nar_size += len(data)
+        """Take the next bytes of the NAR; they must stay as they are."""
+        # small pieces together: each one by itself costs more than its hash
+        self._unhashed.append(data)
+        self._unhashed_bytes += len(data)
+        if self._unhashed_bytes >= HASH_BYTES:
+            self._hash_all()
+
+    def _hash_all(self) -> None:
+        last = self._unhashed.pop() if self._unhashed and len(self._unhashed[-1]) >= HASH_BYTES else b""
+        self._hash.update(b"".join(self._unhashed))
+        self._hash.update(last)
+        self._unhashed.clear()
+        self.nar_size += self._unhashed_bytes
+        self._unhashed_bytes = 0
 
     @property
     def nar_hash(self) -> bytes:
         """SHA-256 of the NAR, when it is complete."""
+        self._hash_all()
         return self._hash.digest()
 
 

@@ -16,7 +16,7 @@ from cidfs.engine.progress import Steps
 from cidfs.engine.workers import alone, for_each, pause
 from cidfs.errors import CidfsError, FormatError
 from cidfs.formats import frames, pack
-from cidfs.local.packs import MANIFEST, pack_path
+from cidfs.local.packs import MANIFEST, bad_mark, pack_path
 from cidfs.local.rows import PackRow, Place
 from cidfs.local.store import LocalStore
 
@@ -116,7 +116,7 @@ class PackCheck:
                 self._suspects[identity] = offsets
         if data[: len(pack.HEADER)] != pack.HEADER:
             self._ledger.add("pack", str(path), str(path), f"{path}: does not begin as a pack does")
-        if row.sealed:
+        if row.sealed and not bad_mark(path).exists():
             self._check_footer(identity, str(path), data, there, footer=footer)
 
     def _of_index(
@@ -144,12 +144,12 @@ class PackCheck:
                     return  # whoever was to seal it died while he did
                 raise FormatError("pack: trailer is gone")
             offset, length = trailer
-            rows = pack.read_footer(data[offset : offset + length], offset)
+            rows = pack.footer_rows(memoryview(data)[offset : offset + length], offset)
             wrong = [row for row in rows if there.digest_at(row.offset) != row.digest]
         except FormatError as e:
             problem = f"{path}: {e}; the frames before it say the same"
         else:
-            wrong = [r for r in wrong if not self._is_referred_to(identity, r)]
+            wrong = [row for row in wrong if not self._has_row(row)]
             if not wrong:
                 return
             problem = f"{path}: a frame that nothing needs is damaged (+{wrong[0].offset})"
@@ -158,10 +158,10 @@ class PackCheck:
         finding = self._ledger.add("pack", path, path, problem)
         self._ledger.bad_packs[identity] = finding
 
-    def _is_referred_to(self, identity: bytes, row: pack.Row) -> bool:
+    def _has_row(self, row: pack.Row) -> bool:
+        """Whether the index knows where to find this: here, or another copy, and rebuild will know too."""
         database = "manifests" if row.kind == frames.KIND_MANIFEST else "chunks"
-        place = self._store.place(database, row.digest)
-        return place is not None and place.pack == identity and place.offset == row.offset
+        return self._store.place(database, row.digest) is not None
 
     def _look_again(self) -> None:
         """Read by itself each frame that the index has in a suspect pack and that was not found there."""

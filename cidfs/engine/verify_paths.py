@@ -23,6 +23,7 @@ from cidfs.formats.record import Record
 from cidfs.local.store import LocalStore, PublishedPath
 
 CACHE_BYTES: Final = 64 << 20
+ENTRY_BYTES: Final = 300  # what keeping a chunk takes, its bytes aside
 LOOK_UPS: Final = 1000
 CHUNKS_NAMED: Final = 10  # of one store path
 FILES_NAMED: Final = 3  # of one chunk in one store path
@@ -248,7 +249,7 @@ class _Decoded:
         with self._lock:
             if digest not in self._chunks:
                 self._chunks[digest] = data
-                self._size += len(data)
+                self._size += len(data) + ENTRY_BYTES
                 while self._size > CACHE_BYTES:
-                    self._size -= len(self._chunks.popitem(last=False)[1])
+                    self._size -= len(self._chunks.popitem(last=False)[1]) + ENTRY_BYTES
         return data

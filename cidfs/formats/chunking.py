@@ -29,6 +29,21 @@ NORMALISATION = 1
 SEED = 0
 PARAMETERS = f"fastcdc avg={AVERAGE} min={MINIMUM} max={MAXIMUM} norm={NORMALISATION} seed={SEED}"
 LEVEL = 3
+SMALL = 32 << 10
+SMALL_LEVEL = 5
+
+# Level 3 with shorter matches and tables that stay in a core's cache: as fast, and 1 % smaller.
+_PARAMETERS = zstandard.ZstdCompressionParameters(
+    window_log=18,
+    hash_log=16,
+    chain_log=15,
+    search_log=1,
+    min_match=4,
+    target_length=0,
+    strategy=zstandard.STRATEGY_DFAST,
+    write_content_size=True,
+    write_checksum=False,
+)
 
 ENCODING_RAW = 0
 ENCODING_ZSTD = 1
@@ -119,13 +134,23 @@ class Cutter:
 
 
 def encode(data: bytes | bytearray | memoryview, level: int = LEVEL) -> tuple[int, bytes]:
-    """Return encoding and stored form of data: zstd, or raw where that does not help."""
-    compressor: dict[int, zstandard.ZstdCompressor] | None = getattr(_local, "compressor", None)
-    if compressor is None:
-        compressor = _local.compressor = {}
-    if level not in compressor:  # a compressor belongs to one thread
-        compressor[level] = zstandard.ZstdCompressor(level=level, write_checksum=False)
-    packed = compressor[level].compress(data)
+    """Return encoding and stored form of data: zstd, or raw where that does not help.
+
+    LEVEL is what suits chunks, by their size; any other is zstd's own.
+    """
+    if level == LEVEL and len(data) <= SMALL:
+        level = SMALL_LEVEL
+    compressors: dict[int, zstandard.ZstdCompressor] | None = getattr(_local, "compressors", None)
+    if compressors is None:
+        compressors = _local.compressors = {}
+    compressor = compressors.get(level)
+    if compressor is None:  # it belongs to one thread
+        if level == LEVEL:
+            compressor = zstandard.ZstdCompressor(compression_params=_PARAMETERS)
+        else:
+            compressor = zstandard.ZstdCompressor(level=level, write_checksum=False)
+        compressors[level] = compressor
+    packed = compressor.compress(data)
     if len(packed) < len(data):
         return ENCODING_ZSTD, packed
     return ENCODING_RAW, bytes(data)

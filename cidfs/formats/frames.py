@@ -143,8 +143,8 @@ def scan(data: bytes | memoryview, start: int = 0) -> Iterator[Found | Gap]:
 
     Whole frames of a kind that is not known are skipped silently. They are verified like the others, or the
     stored length of a torn one would hide the frames that follow it. Bytes that are made to look like the
-    heads of long frames would make that take for ever: once MAX_FALSE bytes of frames longer than a chunk were
-    checked in vain, such frames are passed over.
+    heads of long frames would make that take for ever: once MAX_FALSE bytes of frames longer than a chunk
+    were checked in vain, such frames are passed over.
     """
     false = 0
     raw = bytes(data) if not isinstance(data, bytes) else data

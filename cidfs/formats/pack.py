@@ -12,7 +12,7 @@ Pure functions. The footer is an accelerator: a whole scan says the same.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -86,21 +86,24 @@ def read_trailer(tail: bytes, size: int) -> tuple[int, int] | None:
 
 def read_footer(frame: bytes, offset: int) -> list[Row]:
     """Return the rows of a footer frame that lies at offset; raise FormatError when it is damaged."""
+    return list(footer_rows(frame, offset))
+
+
+def footer_rows(frame: bytes | memoryview, offset: int) -> Iterator[Row]:
+    """Yield the rows of a footer frame that lies at offset; raise FormatError when it is damaged."""
     header = frames.read_header(frame)
     if (header.kind, header.encoding, header.size) != (frames.KIND_FOOTER, ENCODING_RAW, len(frame)):
         raise FormatError(f"pack: no footer at offset {offset}")
-    data = frames.read_data(frame, header)
+    data = memoryview(frames.read_data(frame, header))
     if len(data) < _COUNT.size or len(data) != _COUNT.size + _COUNT.unpack_from(data)[0] * _ROW.size:
         raise FormatError("pack: footer's length does not fit its count")
-    rows = []
     at = len(HEADER)
     for digest, start, stored, length, kind, encoding, zero in _ROW.iter_unpack(data[_COUNT.size :]):
         row = Row(digest, start, stored, length, kind, encoding)
         if zero:
             raise FormatError(f"pack: footer row with offset {start} has set reserved bytes")
         at = _check_row(row, at, offset)
-        rows.append(row)
-    return rows
+        yield row
 
 
 def _check_row(row: Row, start: int, end: int) -> int:

@@ -94,8 +94,10 @@ def journal_notes(store: LocalStore) -> list[Note]:
 
 def _inode_notes(store: LocalStore) -> Iterator[Note]:
     where = f"{store.state.root}/next-inode"
+    with store.read() as txn:
+        raised = max(txn.number("next-base"), txn.number("limit"))
     try:
-        if store.state.inode_limit() < store.next_base():
+        if store.state.inode_limit() < raised:
             text = "below the numbers that were given out; run `cidfs rebuild`"
             yield Note("inodes", "next-inode", where, text)
     except FormatError as e:

@@ -15,22 +15,22 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Final
 
-from cidfs.errors import CidfsError, DiskFailed, IndexLost
-from cidfs.formats import frames, journal, pack
+from cidfs.errors import DiskFailed, IndexLost
+from cidfs.formats import frames, journal
 from cidfs.local import leftovers, room, tables
 from cidfs.local.files import disk_errors, leads_to, try_flock
 from cidfs.local.index import Index
 from cidfs.local.leases import at_work
 from cidfs.local.marks import prefix_of
-from cidfs.local.packs import MANIFEST
-from cidfs.local.rows import PackRow, PathRow, Place
+from cidfs.local.packs import MANIFEST, bad_mark
+from cidfs.local.rows import PackRow, PathRow
+from cidfs.local.sparse import SparsePacks
 from cidfs.local.store import LocalStore
 from cidfs.local.survey import PackFile, Report, Survey, digests_of
 
 ROWS_A_TRANSACTION: Final = 2000
 ROWS_WHEN_LOW: Final = 100
 RANGES_A_TRANSACTION: Final = 1000
-SPARSE: Final = 4  # a pack is copied when one part in so many of it is dead
 ATTEMPTS: Final = 3  # where a rebuild comes in between
 JOURNAL_WASTE: Final = 8  # a checkpoint is written when one entry in so many is of no use any more
 _DATABASES: Final = {"own": "chunks", "cache": "chunks", "manifest": "manifests"}
@@ -47,6 +47,7 @@ class _Collection:
         self._progress = progress
         self._report = report
         self._survey = Survey(store, report, progress)
+        self._sparse = SparsePacks(store, self._survey, report, self._locked, self._drop_packs, progress)
 
     def estimate(self) -> Report:
         """Count what a collection would free."""
@@ -72,7 +73,7 @@ class _Collection:
         self._drop_rows()
         self._drop_ranges()
         self._drop_packs(self._empty_packs())
-        self._copy_sparse()
+        self._sparse.copy()
         try:
             self._checkpoint()
         except DiskFailed as e:  # it frees little, and what is freed is freed
@@ -162,7 +163,7 @@ class _Collection:
                 return False
             with disk_errors(here.path, "remove"):
                 os.unlink(here.path)
-            here.path.with_name(here.path.name + ".bad").unlink(missing_ok=True)
+            bad_mark(here.path).unlink(missing_ok=True)
         finally:
             os.close(fd)
         with index.write() as write:
@@ -183,96 +184,6 @@ class _Collection:
                 return True
         return False
 
-    # --- sparse packs
-
-    def _sparse(self) -> list[bytes]:
-        """Return the packs of which much is dead, those first that free most for what is copied."""
-        live = self._survey.live_bytes()
-        found = []
-        for identity, here in self._survey.packs.items():
-            needed = live.get(identity, 0)
-            if needed and here.path.exists():
-                used = _frames_end(here) - len(pack.HEADER)
-                unsure = here.path.with_name(
-                    here.path.name + ".bad"
-                ).exists()  # what it holds may be in memory
-                if (used - needed) * SPARSE >= used or unsure:
-                    found.append((0.0 if unsure else needed / used, identity))
-        return [identity for _, identity in sorted(found)]
-
-    def _copy_sparse(self) -> None:
-        """Copy what is needed out of sparse packs, so that they can go. Not while an ingest may need them."""
-        if at_work(self._state.leases()):
-            return
-        sparse = self._sparse()
-        for number, identity in enumerate(sparse):
-            self._progress("copying out of sparse packs", len(sparse) - number)
-            here = self._survey.packs[identity]
-            try:
-                with self._held(here) as held:
-                    copied = held and self._copy(identity, here, set(sparse))
-            except DiskFailed as e:
-                self._report.problems.append(f"{here.path}: not copied, there is no room for it ({e})")
-                return
-            if copied and self._drop_packs([identity]):
-                self._report.packs -= 1
-                self._report.pack_bytes -= here.size
-                self._report.sparse += 1
-                self._report.sparse_bytes += here.size - copied
-
-    @contextlib.contextmanager
-    def _held(self, here: PackFile) -> Iterator[bool]:
-        """Hold a pack's lock, so that nobody appends to it; say whether it could be had."""
-        try:
-            fd = os.open(here.path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            yield False
-            return
-        try:
-            yield try_flock(fd) and leads_to(here.path, fd) and os.fstat(fd).st_size == here.size
-        finally:
-            os.close(fd)
-
-    def _copy(self, identity: bytes, here: PackFile, sparse: set[bytes]) -> int:
-        """Copy the frames of a pack that have rows, and move the rows; return the bytes that were copied."""
-        name = "manifests" if here.kind == MANIFEST else "chunks"
-        places: list[tuple[bytes, Place]] = []
-        with self._store.read() as txn:
-            for prefix in self._survey.marks[name].rows_in(identity):
-                for digest in digests_of(txn, name, prefix):
-                    raw = txn.get(name, digest)
-                    if raw is not None and (place := Place.unpack(raw)).pack == identity:
-                        places.append((digest, place))
-        places.sort(key=lambda item: item[1].offset)
-        writer = self._store.pack_writer(here.kind, without=sparse)
-        moved: list[tuple[bytes, Place, Place]] = []
-        copied = 0
-        try:
-            for digest, place in dict(places).items():
-                try:
-                    stored = self._store.packs.read_stored(digest, place)
-                    frames.read_data(stored, frames.read_header(stored))
-                except CidfsError:  # it stays where it is, for `verify` to name and repair
-                    self._report.problems.append(
-                        f"{here.path}: the frame at {place.offset} is damaged and stays; see `cidfs verify`"
-                    )
-                    continue
-                data = stored[frames.HEADER_SIZE :]
-                new = writer.append(digest, place.encoding, data, place.length)
-                moved.append((digest, place, new))
-                copied += len(stored)
-            writer.sync()
-            for i in range(0, max(1, len(moved)), ROWS_A_TRANSACTION):
-                with self._locked() as index, index.write() as txn:
-                    for digest, old, new in moved[i : i + ROWS_A_TRANSACTION]:
-                        if txn.get(name, digest) == old.packed():
-                            txn.put_place(name, digest, new)
-                    self._store.note_packs(txn, writer)
-        finally:
-            writer.close()
-        self._store.packs.forget(identity)
-        return copied if len(moved) == len(dict(places)) else 0
-
     # --- the journal's checkpoint
 
     def _checkpoint(self) -> None:
@@ -284,7 +195,10 @@ class _Collection:
         with self._locked() as index:
             self._store.publisher.say_pending(index)
             with index.read() as txn:
-                if {base for base, _ in tables.removed_ranges(txn)} != bases:
+                now = {base for base, _ in tables.removed_ranges(txn)}
+                if now != bases or len(ranges) < 2 * len(
+                    bases
+                ):  # one half may have come to the journal since
                     bases, ranges = self._removed_entries()
                 serials = [PathRow.unpack(raw).serial for _, raw in txn.rows("paths") if raw is not None]
                 if len(serials) != txn.number("count:paths"):
@@ -317,21 +231,9 @@ class _Collection:
                 self._report.packs += 1
                 self._report.pack_bytes += size
         live = self._survey.live_bytes()
-        for identity in [] if running else self._sparse():
+        for identity in [] if running else self._sparse.find():
             self._report.sparse += 1
             self._report.sparse_bytes += self._survey.packs[identity].size - live[identity]
-
-
-def _frames_end(here: PackFile) -> int:
-    """Return where the frames of a pack end: at its footer, if it has one."""
-    with disk_errors(here.path, "read"), open(here.path, "rb") as file:
-        file.seek(max(0, here.size - pack.TRAILER_SIZE))
-        tail = file.read(pack.TRAILER_SIZE)
-    try:
-        trailer = pack.read_trailer(tail, here.size)
-    except CidfsError:
-        trailer = None
-    return trailer[0] if trailer is not None else here.size
 
 
 def collect(

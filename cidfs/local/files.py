@@ -15,6 +15,8 @@ from pathlib import Path
 
 from cidfs.errors import CidfsError, DiskFailed, NotPermitted
 
+_PUNCH_HOLE = 3  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+
 
 def mapped(error: OSError, path: Path | str, doing: str) -> CidfsError:
     """Return the error of ours for an OSError while doing something to a path."""
@@ -58,6 +60,17 @@ def sync_folder(path: Path) -> None:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+def punch(fd: int, offset: int, size: int) -> None:
+    """Give the disk space of a part of a file back: it reads as zeros then.
+
+    Raise OSError as the system does.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    arguments = (ctypes.c_int(fd), ctypes.c_int(_PUNCH_HOLE), ctypes.c_int64(offset), ctypes.c_int64(size))
+    if libc.fallocate64(*arguments) != 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:

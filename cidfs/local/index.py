@@ -83,7 +83,6 @@ def require_whole(path: Path) -> None:
     pages.check(path, deep=True)
 
 
-lengthen = require_whole
 _DAMAGE: Final = (
     lmdb.CorruptedError,
     lmdb.PageNotFoundError,

@@ -109,7 +109,7 @@ def held(folder: Path) -> list[tuple[Path, LeaseInfo]]:
             if not try_flock(fd, shared=True) and leads_to(path, fd):
                 try:
                     info = msgspec.json.decode(path.read_bytes(), type=LeaseInfo)
-                except msgspec.MsgspecError:
+                except (msgspec.MsgspecError, UnicodeDecodeError):
                     info = LeaseInfo(kind=UNKNOWN, pid=0, serial=0, started=0)
                 found.append((path, info))
         except FileNotFoundError:

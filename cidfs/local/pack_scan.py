@@ -16,7 +16,7 @@ from cidfs.errors import CidfsError, FormatError
 from cidfs.formats import frames, pack
 from cidfs.local.files import disk_errors, sync_folder
 from cidfs.local.index import Index, WriteTxn
-from cidfs.local.packs import MANIFEST, OWN, PackReader
+from cidfs.local.packs import MANIFEST, OWN, PackReader, bad_mark
 from cidfs.local.rows import PACK_ID_SIZE, Place
 from cidfs.local.state import PACK_KINDS
 
@@ -92,11 +92,12 @@ class PackScan:
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
                 sync_folder(path.parent)
                 size = os.fstat(fd).st_size
-                rows = self._footer(fd, path, size)
-                sealed = rows is not None
+                trusted = not bad_mark(path).exists()  # else its footer may tell of what is not there
+                rows = self._footer(fd, path, size) if trusted else None
+                sealed = rows is not None or not trusted
                 end = size
                 if rows is None:
-                    rows, end = self._scan_frames(fd, path, start, size)
+                    rows, end = self._scan_frames(fd, path, start, size, name_gaps=trusted)
                 rows = [row for row in rows if row.offset >= start]
             finally:
                 os.close(fd)
@@ -139,12 +140,16 @@ class PackScan:
             self._problems.append(f"{path}: {e}; read from its frames instead")
             return None
 
-    def _scan_frames(self, fd: int, path: Path, start: int, size: int) -> tuple[list[pack.Row], int]:
+    def _scan_frames(
+        self, fd: int, path: Path, start: int, size: int, *, name_gaps: bool
+    ) -> tuple[list[pack.Row], int]:
         rows: list[pack.Row] = []
         end = start
         data = os.pread(fd, max(0, size - start), start)  # nothing, where not even the header was kept
         for found in frames.scan(data):
             if isinstance(found, frames.Gap):
+                if not name_gaps:
+                    continue
                 self._problems.append(
                     f"{path}: bytes {start + found.offset} to {start + found.end} belong to no whole frame"
                 )

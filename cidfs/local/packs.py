@@ -34,6 +34,11 @@ def pack_path(root: Path, kind: int, identity: bytes) -> Path:
     return root / "packs" / PACK_KINDS[kind] / name[:2] / name
 
 
+def bad_mark(path: Path) -> Path:
+    """Return the name of the mark beside a pack that says: append nothing, and judge each frame by digest."""
+    return path.with_name(f"{path.name}.bad")
+
+
 class SyncFailed(DiskFailed):
     """A pack could not be synced; what was written to it since the last sync may be lost."""
 
@@ -140,10 +145,6 @@ class _Open:
         self.made_here = made_here
         self.dirty = made_here
 
-    @property
-    def bad_mark(self) -> Path:
-        return self.path.with_name(self.path.name + ".bad")
-
 
 class PackWriter:
     """Append frames of one kind; take the youngest open pack or make one, seal each that is full."""
@@ -154,6 +155,7 @@ class PackWriter:
         self._candidates = list(candidates)
         self._open: _Open | None = None
         self._unsynced: list[_Open] = []
+        self.made: list[bytes] = []  # identities of new packs
         self.changed: dict[bytes, bool] = {}  # identity -> sealed, since the last transaction
 
     def append(self, digest: bytes, encoding: int, stored: bytes, length: int) -> Place:
@@ -206,6 +208,7 @@ class PackWriter:
                 self._open = self._try_take(self._candidates.pop())
             if self._open is None:
                 self._open = self._make()
+                self.made.append(self._open.identity)
             self._unsynced.append(self._open)
             self.changed[self._open.identity] = False
         return self._open
@@ -218,7 +221,7 @@ class PackWriter:
             return None
         taken = _Open(path, identity, fd, os.fstat(fd).st_size, made_here=False)
         try:
-            if try_flock(fd) and leads_to(path, fd) and not taken.bad_mark.exists():
+            if try_flock(fd) and leads_to(path, fd) and not bad_mark(path).exists():
                 taken.end = taken.taken_at = end = os.fstat(fd).st_size
                 tail = os.pread(fd, pack.TRAILER_SIZE, max(0, end - pack.TRAILER_SIZE))
                 begins = os.pread(fd, len(pack.HEADER), 0) == pack.HEADER  # or the power took that
@@ -278,7 +281,7 @@ class PackWriter:
                     current.dirty = False
             except OSError as e:
                 with contextlib.suppress(OSError, DiskFailed):
-                    current.bad_mark.touch()
+                    bad_mark(current.path).touch()
                     sync_folder(current.path.parent)
                 self._drop(current)
                 raise SyncFailed(str(mapped(e, current.path, "sync")), current.identity) from e

@@ -14,22 +14,21 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final, TypeVar
+from typing import Final
 
 from cidfs.errors import CidfsError, FormatError, IndexLost, JournalLoss
 from cidfs.formats import journal, record
 from cidfs.formats.manifest import EXECUTABLE, FILE, Manifest
 from cidfs.local import tables
 from cidfs.local.files import disk_errors, leads_to, sync_folder, try_flock
-from cidfs.local.index import Index, ReadTxn, WriteTxn, lengthen
+from cidfs.local.index import Index, WriteTxn
 from cidfs.local.journal import Journal, Replay
 from cidfs.local.leases import oldest_mount
+from cidfs.local.old_index import OldIndex, old_index
 from cidfs.local.pack_scan import PackScan
 from cidfs.local.packs import PackReader
 from cidfs.local.rows import Place, RemovedRow, number_key, removed_key
 from cidfs.local.state import FIRST_INODE, StateFolder
-
-T = TypeVar("T")
 
 ENTRIES_A_TRANSACTION: Final = 2_000
 
@@ -97,11 +96,13 @@ class _Rebuild:
 
     def _finish(self, index: Index, accept_loss: bool) -> int:
         """Bring the new index up to what is true now; return its number."""
-        self._append_old_pending()
         self._packs.catch_up(index)
-        replay = self._journal.replay()
-        self._report.problems += replay.damage
-        self._fill_gaps(replay)
+        with old_index(self._state) as old:
+            if old.pending:  # what it has committed and the journal may not have
+                self._journal.append(old.pending)
+            replay = self._journal.replay()
+            self._report.problems += replay.damage
+            self._fill_gaps(replay, old)
         if replay.missing and not accept_loss:
             shown = ", ".join(str(s) for s in replay.missing[:10])
             raise JournalLoss(
@@ -144,50 +145,22 @@ class _Rebuild:
             above=max(numbers, default=0),
         )
 
-    def _ask_old_index(self, question: Callable[[ReadTxn], T]) -> T | None:
-        """Return what the index in use says, or None where it cannot be read: the journal is all there is.
-
-        One of another schema is refused, for what its version keeps in it is not known here.
-        """
-        try:
-            number = self._state.current_index()
-            folder = self._state.root / "index" / str(number)
-            lengthen(folder)
-            old = Index(folder, number, write=False)
-        except IndexLost:
-            return None
-        try:
-            with old.read() as txn:
-                return question(txn)
-        except IndexLost:
-            return None
-        finally:
-            old.close()
-
-    def _append_old_pending(self) -> None:
-        """Say again what the index in use has committed and the journal may not have."""
-        pending = self._ask_old_index(lambda txn: [raw for _, raw in txn.rows("pending") if raw is not None])
-        if pending:
-            self._journal.append(pending)
-
-    def _fill_gaps(self, replay: Replay) -> None:
+    def _fill_gaps(self, replay: Replay, old: OldIndex) -> None:
         """Take what lost entries of the journal came to from the index in use, if that is whole."""
-        next_serial = self._ask_old_index(lambda txn: txn.number("next-serial")) or 0
-        next_base = self._ask_old_index(lambda txn: txn.number("next-base")) or 0
-        replay.missing += range(replay.next_serial, next_serial)  # lost at the journal's end
-        published = self._ask_old_index(tables.publications) if replay.missing else None
-        if published is not None and next_serial >= replay.next_serial:
+        replay.missing += range(replay.next_serial, old.next_serial)  # lost at the journal's end
+        published = old.publications() if replay.missing else None
+        if published is not None and old.next_serial >= replay.next_serial:
             self._report.problems += [
                 f"journal: serial {s} is lost; the index still knew what it came to" for s in replay.missing
             ]
             said = list(replay.entries.values())
             replay.entries = {entry.serial: entry for entry in published}
-            self._carried = self._ask_old_index(_removed_ranges) or []
+            self._carried = old.removed_ranges()
             pairs = tables.ranges_in(said, {base for base, _, _ in self._carried})
             replay.entries.update((entry.serial, entry) for entry in pairs)
             replay.missing = []
-            replay.next_base = max(replay.next_base, next_base)
-        replay.next_serial = max(replay.next_serial, next_serial)
+            replay.next_base = max(replay.next_base, old.next_base)
+        replay.next_serial = max(replay.next_serial, old.next_serial)
 
     def _apply(self, index: Index, replay: Replay) -> list[journal.Publication]:
         """Replay the journal into the new index; return what is live, with its latest records."""
@@ -211,7 +184,7 @@ class _Rebuild:
     ) -> None:
         match entry:
             case journal.Publication():
-                rec = record.decode(entry.record)
+                rec = record.decode_known(entry.record)
                 if rec.path.hash_part in live:
                     return  # the first publication since the last removal counts
                 # of one that was removed, what it needs may have been collected
@@ -259,11 +232,6 @@ class _Rebuild:
         for name in os.listdir(folder):
             if name.isdigit() and int(name) != number:
                 shutil.rmtree(folder / name, ignore_errors=True)
-
-
-def _removed_ranges(txn: ReadTxn) -> list[tuple[int, RemovedRow, bytes]]:
-    found = [(base, row, txn.get("inodes", number_key(base))) for base, row in tables.removed_ranges(txn)]
-    return [(base, row, raw) for base, row, raw in found if raw is not None]
 
 
 def rebuild(

@@ -98,7 +98,7 @@ class StateFolder:
                     " use the cidfs that wrote it"
                 )
             form = msgspec.json.decode(raw, type=Format)
-        except msgspec.MsgspecError as e:
+        except (msgspec.MsgspecError, UnicodeDecodeError) as e:
             raise FormatError(f"{root}/format: cannot be read: {e}") from None
         if form.features or form.chunking != PARAMETERS:
             unknown = ", ".join(form.features) or form.chunking

@@ -29,6 +29,8 @@ FILE_SYSTEM_TYPE: Final = "fuse.cidfs"
 READ_AHEAD_KIB: Final = 1024
 HELPER_SECONDS: Final = 20.0
 
+_MAY_HANG: Final = ("fuse", "nfs", "cifs", "9p", "ceph")
+
 _CLONE_FS: Final = 0x200
 _CLONE_NEWNS: Final = 0x20000
 _MS_BIND: Final = 0x1000
@@ -76,16 +78,30 @@ def overlays_above(mountpoint: Path) -> list[str]:
     """
     inside = f"{mountpoint}/"
     found = []
-    for info in mounts():
+    mounted = mounts()
+    # who looks at one that is dead waits for it
+    untouched = {info.mountpoint for info in mounted if info.type.startswith(_MAY_HANG)}
+    for info in mounted:
         layers = [
             layer
             for option in info.options.split(",")
             if info.type == "overlay" and option.startswith("lowerdir")
             for layer in option.partition("=")[2].split(":")
         ]
-        if any(f"{layer}/".startswith(inside) for layer in layers):
+        if any(f"{_followed(layer, untouched)}/".startswith(inside) for layer in layers if layer):
             found.append(info.mountpoint)
     return found
+
+
+def _followed(layer: str, untouched: set[str]) -> str:
+    """Return what a layer's name leads to; names of mounts, and what is below them, are left as they are."""
+    for _ in range(40):  # as many links as the kernel follows
+        if any(f"{layer}/".startswith(f"{mount}/") for mount in untouched):
+            return layer
+        if not os.path.islink(layer):
+            return str(resolve(Path(layer)))
+        layer = os.path.normpath(os.path.join(os.path.dirname(layer), os.readlink(layer)))
+    return layer
 
 
 def source_of(info: MountInfo) -> Path:

@@ -334,6 +334,19 @@ async def test_a_damaged_journal_is_named(filled: Path, at: int) -> None:
     assert {finding.kind for finding in report.findings} == {"journal"}
 
 
+async def test_a_damaged_inode_limit_is_named(filled: Path) -> None:
+    slots = (filled / "next-inode").read_bytes()
+    assert (await found(filled, QUICK)).problems == []
+    flip(filled / "next-inode", 4096 + 3)  # the second slot is the later one
+    [line] = (await found(filled, QUICK)).problems
+    assert line.startswith(f"{filled}/next-inode: below the numbers that were given out")
+    flip(filled / "next-inode", 12)
+    [line] = (await found(filled, QUICK)).problems
+    assert line.startswith(f"{filled}/next-inode: both slots are damaged")
+    (filled / "next-inode").write_bytes(slots)
+    assert (await found(filled, QUICK)).problems == []
+
+
 async def test_a_checkpoint_is_compared_too(filled: Path) -> None:
     replay = Journal(filled / "journal").replay()
     Journal(filled / "journal").write_checkpoint(

@@ -15,7 +15,7 @@ from tests.fuzz.cases import CASES
 from tests.fuzz.minute import attempt
 from tests.fuzz.targets import TARGETS
 
-SECONDS: Final = 50.0  # and some for starting; ten times as long with --long
+SECONDS: Final = 45.0  # and some for starting; ten times as long with --long
 PROCESSES: Final = min(4, os.cpu_count() or 1)
 
 

@@ -30,7 +30,7 @@ from cidfs.local.rows import Place
 from cidfs.local.state import StateFolder
 from cidfs.local.store import LocalStore
 from tests.local.disk import KILLED, Disk, Plan
-from tests.local.support import Package, Writers, append, few_urandom, names, publish, row_of
+from tests.local.support import Package, Writers, append, candidates, few_urandom, names, publish, row_of
 
 P = ParamSpec("P")
 SECONDS: Final = 60.0
@@ -293,12 +293,14 @@ def hold_lease(pipe: Connection, root: Path, kind: str) -> None:
 
 
 def ingest_groups(pipe: Connection, root: Path, groups: Sequence[Sequence[Package]]) -> None:
-    """Publish groups under a lease, as an ingest does."""
-    with LocalStore.open(root) as store:
+    """Publish groups under a lease, as an ingest does, with a step between looking up and publishing."""
+    with LocalStore.open(root, write=True) as store:
         lease = store.lease("ingest")
-    try:
-        publish_groups(pipe, root, groups)
-    finally:
+        for group in groups:
+            found = candidates(store, *group)
+            sync_folder(root)  # an ingest may wait here for long, and holds no lock
+            store.publish(found)
+            pipe.send(("done", {name: row_of(store, name).base for name in names(group)}))
         lease.release()
 
 

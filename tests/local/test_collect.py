@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import traceback
@@ -285,6 +286,59 @@ def test_sparse_packs_are_copied_and_others_are_not(root: Path, monkeypatch: pyt
             assert len(contents_of(store, item.record.path.name)) == 4
     is_sound(root)
     rebuild_in(root)
+    is_sound(root)
+
+
+def test_without_room_for_a_copy_the_space_is_given_back_in_place(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pack, "ROLL_SIZE", 100_000)
+    items = [package(f"p{i}", {f"f{j}": noise(f"{i}-{j}", 9000) for j in range(4)}) for i in range(6)]
+    publish_in(root, *items)
+    before = sum(p.stat().st_blocks for p in pack_files(root, "own")) * 512
+    remove_in(root, "p0", "p2", "p4")
+    monkeypatch.setattr(room_of, "free_bytes", lambda folder: 0)
+    report = collect_in(root)
+    assert report.problems == []
+    after = sum(p.stat().st_blocks for p in pack_files(root, "own")) * 512
+    assert after < before * 0.7
+    assert report.sparse_bytes >= before - after
+    left = [item for item in items if item.record.path.name in ("p1", "p3", "p5")]
+    for _ in range(2):  # also from a new index: the footers tell of frames that are holes now
+        with LocalStore.open(root) as store:
+            for item in left:
+                assert len(contents_of(store, item.record.path.name)) == 4
+            assert len(list(store.places("chunks"))) == 12
+        is_sound(root)
+        shutil.rmtree(root / "index")
+        rebuild_in(root)
+    publish_in(root, items[0])
+    with LocalStore.open(root) as store:
+        assert len(contents_of(store, "p0")) == 4, "what is a hole now is stored again"
+    monkeypatch.undo()
+    assert collect_in(root).sparse > 0, "with room, they are copied"
+    assert not list((root / "packs").rglob("*.bad"))
+    is_sound(root)
+
+
+def test_a_copy_without_room_leaves_nothing_behind(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish_in(root, KEPT, GONE)
+    remove_in(root, "gone")
+    before = pack_files(root, "own")
+    real = os.pwrite
+
+    def full(fd: int, data: bytes, offset: int) -> int:
+        if "/packs/own/" in os.readlink(f"/proc/self/fd/{fd}") and len(data) > 100:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    report = collect_in(root)
+    assert any("could not be copied" in line for line in report.problems)
+    assert pack_files(root, "own") == before
+    is_sound(root)
+    monkeypatch.undo()
+    assert collect_in(root).sparse == 1
     is_sound(root)
 
 

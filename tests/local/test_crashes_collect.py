@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from cidfs.formats.digest import digest_of
+from cidfs.local.store import LocalStore
 from tests.commands import Store
 from tests.local.children import (
     collect_it,
@@ -26,24 +28,40 @@ from tests.local.children import (
     running,
 )
 from tests.local.disk import Plan
-from tests.local.support import Ledger, copy_store, noise, pack_files, package, path_of, publish_in
+from tests.local.support import (
+    Ledger,
+    Writers,
+    copy_store,
+    noise,
+    pack_files,
+    package,
+    path_of,
+    publish,
+    publish_in,
+)
 from tests.local.test_crashes import heard, plans, rebuild_now, went_well
 
 STAYS = package("stays", {"a": b"a" * 1000, "b": noise("b", 9000)})
-GOES = package("goes", {"b": noise("b", 9000), "x": noise("x", 5000)})
-GOES_TOO = package("goes-too", {"y": noise("y", 7000)}, ["goes"])
+GOES = package("goes", {"b": noise("b", 9000), "x": noise("x", 5000)}, ["goes-too"])
+GOES_TOO = package("goes-too", {"y": noise("y", 7000)})
 NEW = package("new", {"x": noise("x", 5000), "z": noise("z", 3000)})
 ITEMS = (STAYS, GOES, GOES_TOO, NEW)
 KNOWN = {item.record.path.name: item for item in ITEMS}
-LEAVING = [path_of("goes-too"), path_of("goes")]
-EVERY = 1 if Store.long else 6  # one step of so many
+LEAVING = [path_of("goes"), path_of("goes-too")]
+EVERY = 1 if Store.long else 5  # one step of so many
 WAYS = ["killed", "power", "mixed", "failed sync", "failed sync, power"]
 
 
 @pytest.fixture
 def base(small: Path) -> Path:
-    """A store with three paths."""
-    publish_in(small, STAYS, GOES, GOES_TOO)
+    """A store with three paths; two of them have packs of their own, and a part in one that stays."""
+    publish_in(small, STAYS, GOES_TOO)
+    with LocalStore.open(small, write=True) as store:
+        held = Writers.of(store)
+        for writer, item in ((held.own, b"own"), (held.manifests, b"manifest")):
+            writer.append(digest_of(item), 0, item, len(item))
+        publish(store, GOES)
+        held.close()
     return small
 
 
@@ -130,7 +148,7 @@ def test_the_power_goes_after_another_went_on_where_a_collector_died(
         ledger = ledger_of(dead)
         code, _ = crash(here, Plan(kill_at=step, memory=memory), collect_it)
         last = Plan(lost=str(room / "lost"), memory=memory, keep=keep, seed=step)
-        heard(ledger, crash(here, last, publish_groups, [[NEW, GOES], [GOES_TOO]])[1])
+        heard(ledger, crash(here, last, publish_groups, [[NEW, GOES_TOO], [GOES]])[1])
         assert ledger.look(here) == ledger.bases
         assert len(ledger.bases) == 4
         shutil.rmtree(here / "index")
@@ -143,10 +161,15 @@ def test_the_power_goes_after_another_went_on_where_a_collector_died(
 
 
 def wait_at_each_step(
-    base: Path, room: Path, action: Any, args: list[Any], others: list[tuple[Any, tuple[Any, ...]]]
+    base: Path,
+    room: Path,
+    action: Any,
+    args: list[Any],
+    others: list[tuple[Any, tuple[Any, ...]]],
+    every: int = 1,
 ) -> None:
     """Let an action wait at each step, each in turn, while others do something; then it goes on."""
-    for step in itertools.count(1, EVERY):
+    for step in itertools.count(1, every):
         here = copy_store(base, room / f"store-{step}")
         ledger = ledger_of(base)
         with running(on_disk, here, Plan(pause_at=step), action, args, {}) as child:
@@ -172,21 +195,21 @@ def wait_at_each_step(
 
 def test_another_publishes_what_is_just_being_collected(dead: Path, room: Path) -> None:
     others = [(publish_groups, ([[NEW], [GOES]], None, 0.02))]
-    wait_at_each_step(dead, room, collect_it, [], others)
+    wait_at_each_step(dead, room, collect_it, [], others, EVERY)
 
 
 def test_another_rebuilds_while_a_collector_waits(dead: Path, room: Path) -> None:
-    wait_at_each_step(dead, room, collect_it, [], [(rebuild_it, (False, 0.02))])
+    wait_at_each_step(dead, room, collect_it, [], [(rebuild_it, (False, 0.02))], EVERY)
 
 
 def test_another_collects_while_an_ingest_waits(dead: Path, room: Path) -> None:
     """The ingest found chunks that are dead; each of its paths is whole when it is published."""
-    wait_at_each_step(dead, room, ingest_groups, [[[NEW], [GOES, GOES_TOO]]], [(collect_it, (0.02,))])
+    wait_at_each_step(dead, room, ingest_groups, [[[NEW], [GOES_TOO, GOES]]], [(collect_it, (0.02,))])
 
 
 def test_two_collections_while_an_ingest_waits(dead: Path, room: Path) -> None:
     others = [(collect_it, (0.02,)), (collect_it, (0.02,))]
-    wait_at_each_step(dead, room, ingest_groups, [[[GOES, GOES_TOO], [NEW]]], others)
+    wait_at_each_step(dead, room, ingest_groups, [[[GOES_TOO, GOES], [NEW]]], others)
 
 
 def test_nothing_of_the_dead_is_left(dead: Path) -> None:

@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -227,13 +227,20 @@ def with_later(known: Mapping[str, Known]) -> dict[str, Known]:
     return {**known, LATER_PATH: Known(LATER.record.nar_hash, frozenset())}
 
 
-def judge(root: Path, copy: Path, known: Mapping[str, Known], promises: Promises, turn: int) -> None:
-    """Check a store and what can follow; both folders hold it, and are spent afterwards."""
+def judge(make: Callable[[], Path], known: Mapping[str, Known], promises: Promises, turn: int) -> None:
+    """Check a store and what can follow; make gives it anew, each time in the place of the last one.
+
+    What follows is not all tried each time, but for turns below 0.
+    """
+    root = make()
     if not (root / "format").exists():
         is_made_again(root, promises)
         return
     goes_on(root, known, promises)
-    (loses_its_index if turn % 2 else is_rebuilt)(copy, known, promises)
+    if turn % 2 or turn < 0:
+        loses_its_index(make(), known, promises)
+    if turn % 2 == 0 or turn < 0:
+        is_rebuilt(make(), known, promises)
 
 
 def is_made_again(root: Path, promises: Promises) -> None:

@@ -203,7 +203,7 @@ static int open_it(int folder, const char *path, int flags, mode_t mode) {
 
 #define MODE_OF(flags, mode)                                                                                      \
     mode_t mode = 0;                                                                                              \
-    if (flags & (O_CREAT | __O_TMPFILE)) {                                                                        \
+    if ((flags & O_CREAT) || (flags & O_TMPFILE) == O_TMPFILE) {                                                  \
         va_list more;                                                                                             \
         va_start(more, flags);                                                                                    \
         mode = va_arg(more, mode_t);                                                                              \

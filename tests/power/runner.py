@@ -84,8 +84,14 @@ class Runner:
         tear: bool = False,
         full_at: int = 0,
         mode: int = 0,
+        roll: int = 0,
     ) -> Done:
-        """Run `cidfs --state STATE WORDS` to its end. root: what is recorded and counted; else the state."""
+        """Run `cidfs --state STATE WORDS` to its end.
+
+        root: what is recorded and counted; else the state folder. kill_at: the call that is the last, tear:
+        half of it is still done. full_at: the call from which on the disk is full; mode: 1 files cannot grow,
+        2 nothing can be written or synced. roll: the size at which packs are sealed.
+        """
         said = self._room / "out", self._room / "err"
         given = ("--state", str(state), *map(str, words))
         job = {
@@ -100,6 +106,7 @@ class Runner:
             "tear": int(tear),
             "full_at": full_at,
             "mode": mode,
+            "roll": roll,
         }
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(job).encode() + b"\n")

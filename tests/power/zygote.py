@@ -20,6 +20,7 @@ import trio  # noqa: F401 (imported once, before all forks)
 import cidfs
 from cidfs.cli.main import app, run
 from cidfs.errors import StoreAbsent
+from cidfs.formats import pack
 from tests.local.support import few_urandom
 
 
@@ -41,6 +42,8 @@ def _child(job: dict[str, Any], library: ctypes.CDLL, answer: int) -> int:
         os.dup2(fd, number)
         os.close(fd)
     os.urandom = few_urandom
+    module: Any = pack
+    module.ROLL_SIZE = job["roll"] or pack.ROLL_SIZE
     if job["mark"]:
         library.power_configure(job["root"].encode(), job["log"].encode(), 0, 0, 0, 0)
         library.power_mark(job["mark"].encode())

@@ -57,16 +57,15 @@ class SmallDisk:
         (self.folder / "filler").unlink(missing_ok=True)
 
 
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[SmallDisk]:
+@pytest.fixture(params=["48m"])
+def disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[SmallDisk]:
     """A small disk; only root may mount one."""
     if os.geteuid() != 0:
         pytest.skip("needs root")
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", folder], capture_output=True, check=False
-    )
+    command = ["mount", "-t", "tmpfs", "-o", f"size={request.param}", "tmpfs", str(folder)]
+    mounted = subprocess.run(command, capture_output=True, check=False)
     if mounted.returncode:
         pytest.skip(f"no file system can be mounted: {mounted.stderr.decode().strip()}")
     yield SmallDisk(folder)
@@ -115,6 +114,7 @@ def run_when_full(commands: Runner, scene: Scene, here: Path) -> int:
     return done.code
 
 
+@pytest.mark.parametrize("disk", ["192m"], indirect=True)
 def test_full_again_and_again_below_a_mount(disk: SmallDisk, tmp_path: Path) -> None:
     """What is here can be read all the time, removal and collection work each time, and then adding does."""
     mountpoint = tmp_path / "mnt"

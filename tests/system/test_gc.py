@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ import pytest
 
 from cidfs.local.store import LocalStore
 from tests.commands import Store
-from tests.local.support import flip, pack_files
-from tests.system.support import alive, describe, make_files, noise
+from tests.local.support import copy_store, flip, pack_files
+from tests.system.forks import Forks, forked_store_in, forking
+from tests.system.support import describe, make_files, noise
 from tests.system.test_at_once import wait_until_stopped
 
 SMALL_PACKS = "from cidfs.formats import pack\npack.ROLL_SIZE = 1 << 20"
@@ -34,6 +37,27 @@ def stop_once(owner, name):
 stop_once(module.{owner}, "{name}")
 """
 _HALT = "signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)"
+
+STOP_WITH_A_NAMELESS_PACK = f"""
+import os, signal, threading
+from cidfs.local.packs import PackWriter
+PackWriter._try_take = lambda *_: None
+os.link = lambda *_: {_HALT}
+"""
+
+
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Forks]:
+    """A process to fork commands from."""
+    with forking() as here:
+        yield here
+
+
+@pytest.fixture
+def store(tmp_path: Path, forks: Forks) -> Iterator[Store]:
+    """A store whose commands are quick to start."""
+    with forked_store_in(tmp_path, forks) as here:
+        yield here
 
 
 def stop_before(where: str) -> str:
@@ -95,6 +119,17 @@ def contents(state: Path, *passed_over: str) -> dict[str, tuple[int, bytes]]:
     }
 
 
+@contextlib.contextmanager
+def held(*folders: Path) -> Iterator[list[bytes]]:
+    """Hold folders open, looking into nothing; return where they can be looked into later."""
+    fds = [os.open(folder, os.O_PATH | os.O_DIRECTORY) for folder in folders]
+    try:
+        yield [b"/proc/self/fd/%d/." % fd for fd in fds]
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
 def pack_bytes(store: Store) -> int:
     """Return the size of all packs."""
     return sum(p.stat().st_size for p in (store.state / "packs").glob("*/*/*"))
@@ -104,25 +139,24 @@ def test_what_nobody_needs_goes_and_the_rest_stays(store: Store, mountpoint: Pat
     trees = [tree(store, name) for name in "abc"]
     names = store.add(*trees)
     whole = pack_bytes(store)
-    assert nothing_left(store)
     store.run("remove", names[0], names[2])
     before = contents(store.state)
+    looked = store.run("gc", "--dry-run")
+    assert looked.stdout.startswith(b"would free ")
+    assert len(looked.stdout.splitlines()) == 1
+    assert looked.stderr == b""
     said = figures(store, "--dry-run")
-    line = store.run("gc", "--dry-run")
-    assert line.stdout.startswith(b"would free ")
-    assert line.stderr == b""
     assert contents(store.state) == before
     assert figures(store) == said
     assert said["dead_manifests"] == 2
     assert 600_000 < said["dead_bytes"] < 700_000
-    assert 600_000 < whole - pack_bytes(store) == said["sparse_bytes"]
-    assert store.lines("gc") == ["freed 0 B: 0 packs, 0 leftovers; 0 dead frames of 0 B; 1 store path stay"]
+    assert 600_000 < whole - pack_bytes(store) <= said["sparse_bytes"] < whole - pack_bytes(store) + 100
+    (line,) = store.lines("gc")
+    assert line.startswith("freed 0 B: 0 packs, 0 leftovers; 0 dead frames of 0 B; 1 store path stay")
     store.mount(mountpoint)
     assert describe(mountpoint / names[1]) == describe(trees[1])
     store.run("remove", names[1])
-    store.run("gc")
     store.umount(mountpoint)
-    assert nothing_left(store) is False  # the mount had it
     store.run("gc")
     assert pack_bytes(store) == 0
     assert store.add(*trees) == names
@@ -130,42 +164,38 @@ def test_what_nobody_needs_goes_and_the_rest_stays(store: Store, mountpoint: Pat
 
 
 def test_what_killed_processes_left_goes(store: Store, mountpoint: Path) -> None:
-    (name,) = store.add(tree(store, "kept"))
-    lost = tree(store, "lost")
+    store.add(tree(store, "kept"))
     size = pack_bytes(store)
-    for hook in (
-        stop_after("packs.PackWriter.append_many"),
-        stop_before("publish.Publisher.publish"),
-        "import os\nos.link = lambda *names: os.kill(os.getpid(), 9)",  # a pack that has no name yet
+    for word, hook in (
+        ("add", STOP_WITH_A_NAMELESS_PACK),
+        ("add", stop_after("packs.PackWriter.append_many")),  # frames without rows
+        ("add", stop_before("publish.Publisher.publish")),  # rows that no path needs
+        ("rebuild", stop_before("rebuild._Rebuild._finish")),
     ):
-        process = store.start("add", lost, hook=f"{SMALL_PACKS}\n{hook}")
-        if "link" not in hook:
-            wait_until_stopped(process)
-            process.kill()
-        assert store.finish(process, code=-9)[0] == []
-        if "link" not in hook:  # as if it could not be appended to any more
-            for path in pack_files(store.state, "own"):
-                path.with_name(path.name + ".bad").touch()
-    kill(stopped(store, "rebuild", hook=stop_before("rebuild._Rebuild._finish")))
+        words = [word, tree(store, "lost")] if word == "add" else [word]
+        kill(stopped(store, *words, hook=hook))
     (store.state / "journal" / "9.tmp-1234-abcdef").write_bytes(b"half a checkpoint")
+    (store.state / "packs/own/00" / f"{'00' * 12}.bad").touch()
     store.mount(mountpoint)
     (pid,) = store.daemon_pids()
     os.kill(pid, signal.SIGKILL)
     store.umount(mountpoint)
-    left = [p for p in store.state.rglob("*") if p.name.endswith((".new", ".lease", ".sock", ".bad"))]
-    left += (store.state / "index").glob("rebuild-*")
-    assert len({p.suffix for p in left} | {p.name[:7] for p in left if p.is_dir()}) >= 5, left
+    for log in (store.state / "run").glob("*.log"):
+        log.unlink()  # it goes when the system has taken note of its process's end
+    litter = [p for p in store.state.rglob("*") if p.suffix in (".new", ".lease", ".sock", ".bad")]
+    litter += (store.state / "index").glob("rebuild-*")
+    assert {p.suffix for p in litter} == {".new", ".lease", ".sock", ".bad", ""}
 
     said = figures(store, "--dry-run")
-    assert all(p.exists() for p in left)
+    assert all(p.exists() for p in litter)
     assert figures(store) == said
-    assert said["leftovers"] >= 6
-    assert not [p for p in left if p.exists() and p.suffix != ".bad"]
-    assert not list((store.state / "run").iterdir())
-    assert nothing_left(store)
+    assert said["leftovers"] >= len(litter)
+    assert not any(p.exists() for p in litter)
+    assert os.listdir(store.state / "run") == []
+    assert len(os.listdir(store.state / "journal")) == 1
     assert pack_bytes(store) < size + 1000
+    assert nothing_left(store)
     store.run("verify")
-    assert store.add(tree(store, "kept")) == [name]
 
 
 def test_sealed_packs_are_copied_where_much_of_them_is_dead(store: Store, mountpoint: Path) -> None:
@@ -174,26 +204,17 @@ def test_sealed_packs_are_copied_where_much_of_them_is_dead(store: Store, mountp
     names = [Path(line).name for line in store.finish(adding)[0]]
     packs = pack_files(store.state, "own")
     assert len(packs) >= 3
-    store.mount(mountpoint)
-    held = os.open(mountpoint / names[1] / "more", os.O_RDONLY)
     store.run("remove", names[0], names[2])
-    kept = os.stat(mountpoint / names[1]).st_ino
-    store.run("gc")
-    assert pack_files(store.state, "own") == packs  # the mount is older than the removal
-    store.umount(mountpoint) if held < 0 else os.close(held)
-    store.umount(mountpoint)
     store.mount(mountpoint)
-    held = os.open(mountpoint / names[1] / "more", os.O_RDONLY)
-    said = figures(store, "--dry-run")
-    assert said["sparse"] >= 2
-    assert figures(store) == said
-    after = pack_files(store.state, "own")
-    assert len(set(packs) - set(after)) == said["sparse"] + said["packs"] - 1  # and one of manifests
-    assert os.pread(held, 1 << 20, 0) == noise("more b", 500_000)
-    os.close(held)
+    with open(mountpoint / names[1] / "more", "rb", buffering=0) as opened:
+        said = figures(store, "--dry-run")
+        assert said["sparse"] >= 2
+        assert figures(store) == said
+        after = pack_files(store.state, "own")
+        assert len(set(packs) - set(after)) == said["sparse"] + said["packs"] - 1  # and one of manifests
+        assert opened.read(1 << 20) == noise("more b", 500_000)
     for name, source in zip(names[1::2], trees[1::2], strict=True):
         assert describe(mountpoint / name) == describe(source)
-    assert os.stat(mountpoint / names[1]).st_ino == kept
     assert nothing_left(store)
     store.run("verify")
 
@@ -203,22 +224,41 @@ def test_a_mount_older_than_the_removal_reads_on(store: Store, mountpoint: Path)
     sources = [tree(store, "a"), tree(store, "b")]
     names = store.add(*sources)
     store.mount(mountpoint)
-    held = [os.open(mountpoint / name, os.O_PATH | os.O_DIRECTORY) for name in names]
-    collecting = stopped(store, "gc", hook=stop_before("survey.Survey.mark"))
-    store.run("remove", names[0])  # while it is decided what is needed
-    go_on(store, collecting)
-    store.run("remove", names[1])
-    store.run("gc")
-    assert describe(f"/proc/self/fd/{held[0]}/.") == describe(sources[0])
-    shutil.rmtree(store.state / "index")
-    store.run("rebuild")
-    store.run("gc")
-    assert describe(f"/proc/self/fd/{held[1]}/.") == describe(sources[1])
-    for fd in held:
-        os.close(fd)
+    with held(mountpoint / names[0], mountpoint / names[1]) as (first, second):
+        collecting = stopped(store, "gc", hook=stop_before("survey.Survey.mark"))
+        store.run("remove", names[0])  # while it is decided what is needed
+        go_on(store, collecting)
+        store.run("remove", names[1])
+        store.run("gc")
+        assert describe(first) == describe(sources[0])
+        shutil.rmtree(store.state / "index")
+        store.run("rebuild")
+        store.run("gc")
+        assert describe(second) == describe(sources[1])
     store.umount(mountpoint)
     assert figures(store)["ranges"] == 2
     assert pack_bytes(store) == 0
+
+
+def test_a_removal_in_the_midst_of_a_checkpoint_stays_for_mounts(store: Store, mountpoint: Path) -> None:
+    """It is committed, and not in the journal yet, when the collection looks there."""
+    sources = [tree(store, "a"), tree(store, "b")]
+    names = store.add(*sources)
+    store.run("remove", names[1])
+    store.mount(mountpoint)
+    hooks = [stop_before("collect._Collection._checkpoint")]
+    hooks += [stop_after("collect._Collection._removed_entries")]
+    with held(mountpoint / names[0]) as (folder,):
+        collecting = stopped(store, "gc", hook="\n".join(hooks))
+        removing = stopped(store, "remove", names[0], hook=stop_before("publish.Publisher._say"))
+        collecting.send_signal(signal.SIGCONT)
+        os.waitid(os.P_PID, collecting.pid, os.WCONTINUED)
+        wait_until_stopped(collecting)
+        go_on(store, removing)
+        go_on(store, collecting)
+        shutil.rmtree(store.state / "index")
+        store.run("rebuild")
+        assert describe(folder) == describe(sources[0])
 
 
 def test_the_journal_forgets_what_is_gone(store: Store) -> None:
@@ -234,9 +274,6 @@ def test_the_journal_forgets_what_is_gone(store: Store) -> None:
     shutil.rmtree(store.state / "index")
     store.run("rebuild")
     assert store.lines("ls") == [f"/nix/store/{names[0]}"]
-    added = store.add(*trees)
-    assert added == names
-    store.run("verify")
 
 
 def test_one_collection_at_a_time(store: Store) -> None:
@@ -255,9 +292,10 @@ def test_one_collection_at_a_time(store: Store) -> None:
 # --- beside adds
 
 
-@pytest.mark.parametrize(
-    "where", ["packs.PackWriter.append_many", "packs.PackWriter.sync", "store.LocalStore.put_places"]
-)
+PLACES = ("packs.PackWriter.append_many", "packs.PackWriter.sync", "store.LocalStore.put_places")
+
+
+@pytest.mark.parametrize("where", PLACES if Store.long else PLACES[:1])
 def test_what_a_running_add_has_found_stays_for_it(store: Store, mountpoint: Path, where: str) -> None:
     """It has looked its chunks up, and is stopped: what it found is removed and collected meanwhile."""
     old = tree(store, "old")
@@ -267,13 +305,11 @@ def test_what_a_running_add_has_found_stays_for_it(store: Store, mountpoint: Pat
     store.run("remove", name)
     done = store.run("gc")
     assert b"may be needed by an add" in done.stderr
-    assert figures(store)["waiting"] >= 1
     (added,) = go_on(store, adding)
     store.mount(mountpoint)
     assert describe(mountpoint / Path(added).name) == describe(new)
     assert figures(store)["waiting"] == 0
     assert nothing_left(store)
-    store.run("verify")
 
 
 def test_a_dry_run_beside_an_add_finds_nothing_wrong(store: Store) -> None:
@@ -288,50 +324,40 @@ def test_a_dry_run_beside_an_add_finds_nothing_wrong(store: Store) -> None:
 # --- where something is wrong
 
 
-def _cut_the_journal(store: Store) -> None:
-    (path,) = (store.state / "journal").iterdir()
+def _damage_the_journal(state: Path) -> None:
+    (path,) = (state / "journal").iterdir()
     flip(path, 60)
 
 
-def _damage_a_manifest(store: Store) -> None:
-    (path,) = pack_files(store.state, "manifest")
+def _damage_a_manifest(state: Path) -> None:
+    (path,) = pack_files(state, "manifest")
     flip(path, path.stat().st_size - 20)
 
 
-def _lose_a_row(store: Store) -> None:
-    with LocalStore.open(store.state, write=True) as opened, opened.transaction() as index:
+def _lose_a_row(state: Path) -> None:
+    with LocalStore.open(state, write=True) as opened, opened.transaction() as index:
         (digest, _), *_ = opened.places("chunks")
         with index.env.begin(write=True) as txn:
             txn.delete(digest, db=index.db["chunks"])
 
 
-def _lose_the_index(store: Store) -> None:
-    shutil.rmtree(store.state / "index")
+def _lose_the_index(state: Path) -> None:
+    shutil.rmtree(state / "index")
 
 
-@pytest.mark.parametrize(
-    ("damage", "code"),
-    [(_cut_the_journal, 16), (_damage_a_manifest, 16), (_lose_a_row, 12), (_lose_the_index, 12)],
-)
-def test_nothing_goes_where_it_is_not_sure_what_is_needed(store: Store, damage: Any, code: int) -> None:
+def test_nothing_goes_where_it_is_not_sure_what_is_needed(store: Store) -> None:
     names = store.add(*(tree(store, name) for name in "abc"))
     store.run("remove", names[0])
-    damage(store)
-    before = contents(store.state, "gc.lock", "write.lock", "data.mdb")
-    for option in ("--dry-run", "--json"):
-        line = store.error("gc", option, code=code)
+    for damage, code in (
+        (_damage_the_journal, 16),
+        (_damage_a_manifest, 16),
+        (_lose_a_row, 12),
+        (_lose_the_index, 12),
+    ):
+        hurt = Store(copy_store(store.state, store.state.parent / damage.__name__))
+        damage(hurt.state)
+        before = contents(hurt.state, "gc.lock", "write.lock", "data.mdb")
+        line = hurt.error("gc", code=code)
         assert "verify" in line or "rebuild" in line
-    assert contents(store.state, "gc.lock", "write.lock", "data.mdb") == before
-
-
-def test_a_daemon_that_ends_is_not_waited_for(store: Store, mountpoint: Path) -> None:
-    """The lease of a killed daemon counts no more."""
-    (name,) = store.add(tree(store, "a"))
-    store.mount(mountpoint)
-    (pid,) = store.daemon_pids()
-    store.run("remove", name)
-    os.kill(pid, signal.SIGKILL)
-    while alive(pid):
-        pass
+        assert contents(hurt.state, "gc.lock", "write.lock", "data.mdb") == before
     store.run("gc")
-    assert pack_bytes(store) == 0

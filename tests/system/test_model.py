@@ -315,4 +315,4 @@ def test_what_is_there_is_what_the_model_says() -> None:
     )
     StoreMachine.rounds = 0
     while StoreMachine.rounds < ROUNDS:
-        run_state_machine_as_test(StoreMachine, settings=chosen)  # type: ignore[no-untyped-call]
+        run_state_machine_as_test(StoreMachine, settings=chosen)

@@ -13,10 +13,25 @@ from pathlib import Path
 import pytest
 
 from tests.commands import Store, wait_until
+from tests.system.forks import Forks, forked_store_in, forking
 from tests.system.model_support import base_name, publish
 from tests.system.support import describe, error_of, inodes, make_files, mount, noise, umount
 
 NONE = "0" * 32 + "-none"
+
+
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Forks]:
+    """A process to fork commands from."""
+    with forking() as here:
+        yield here
+
+
+@pytest.fixture
+def store(tmp_path: Path, forks: Forks) -> Iterator[Store]:
+    """A store whose commands are quick to start."""
+    with forked_store_in(tmp_path, forks) as here:
+        yield here
 
 
 def tree(store: Store, name: str) -> Path:
@@ -110,31 +125,31 @@ def test_names_go_at_once_and_what_is_open_goes_on(store: Store, mountpoint: Pat
     mounts = [store.mount(mountpoint), store.mount(second, "--list-root")]
     before = inodes(mountpoint / name)
     assert all(describe(m / n) == describe(t) for m in mounts for n, t in ((name, source), (other, stays)))
-    file = os.open(mountpoint / name / "plain", os.O_RDONLY)
-    folder = os.open(second / name, os.O_PATH | os.O_DIRECTORY)
-    with open(second / name / "sub/large", "rb") as opened:
-        mapped = mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ)
+    with contextlib.ExitStack() as opened:
+        file = opened.enter_context(open(mountpoint / name / "plain", "rb", buffering=0))
+        large = opened.enter_context(open(second / name / "sub/large", "rb"))
+        mapped = opened.enter_context(mmap.mmap(large.fileno(), 0, prot=mmap.PROT_READ))
+        fd = os.open(second / name, os.O_PATH | os.O_DIRECTORY)
+        opened.callback(os.close, fd)
+        folder = os.fsencode(f"/proc/self/fd/{fd}/.")
 
-    store.run("remove", name)
-    assert absent(mountpoint / name, second / name, second / name / "plain", mountpoint / name / "sub/large")
-    assert sorted(os.listdir(second)) == sorted([".links", other])
-    store.run("gc")
-    assert os.pread(file, 100, 0) == b"a"
-    assert describe(f"/proc/self/fd/{folder}/.") == describe(source)
-    assert mapped[:] == noise("a", 200_000)
-    assert os.fstat(file).st_ino == before[b"/plain"]
+        store.run("remove", name)
+        assert absent(*(m / name / p for m in mounts for p in ("", "plain", "sub/large")))
+        assert sorted(os.listdir(second)) == sorted([".links", other])
+        store.run("gc")
+        assert file.read() == b"a"
+        assert describe(folder) == describe(source)
+        assert mapped[:] == noise("a", 200_000)
+        assert os.fstat(file.fileno()).st_ino == before[b"/plain"]
 
-    assert store.add(source) == [name]
-    for m in mounts:
-        assert describe(m / name) == describe(source)
-        after = inodes(m / name)
-        assert after.keys() == before.keys()
-        assert not set(after.values()) & set(before.values())
-    assert inodes(Path(f"/proc/self/fd/{folder}")) != after
-    assert os.stat(f"/proc/self/fd/{folder}").st_ino == before[b""]
-    mapped.close()
-    os.close(file)
-    os.close(folder)
+        assert store.add(source) == [name]
+        for m in mounts:
+            assert describe(m / name) == describe(source)
+            after = inodes(m / name)
+            assert after.keys() == before.keys()
+            assert not set(after.values()) & set(before.values())
+        assert os.stat(folder).st_ino == before[b""]
+        assert describe(folder) == describe(source)
 
 
 def test_names_go_at_once_after_a_rebuild_too(store: Store, mountpoint: Path) -> None:
