@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,6 +91,18 @@ def locate(store: LocalStore, text: str) -> Located:
     if index is None:
         raise PathAbsent(f"{text}: {outer} has no {inside.decode(errors='replace')!r}")
     return Located(manifest, digest, index, path, row)
+
+
+@contextlib.contextmanager
+def removed_meanwhile(store: LocalStore, found: Located) -> Iterator[None]:
+    """Raise PathAbsent for a chunk that is missing because its path was removed while it was read."""
+    try:
+        yield
+    except ChunkMissing:
+        row = store.find_path(found.path) if found.path is not None else found.row
+        if row == found.row:
+            raise
+        raise PathAbsent(f"{found.path}: was removed while it was read") from None
 
 
 def cid(text: str) -> bytes:

@@ -8,7 +8,7 @@ from typing import Annotated
 import msgspec
 import typer
 
-from cidfs.cli.common import GLOBALS, Located, cid, locate
+from cidfs.cli.common import GLOBALS, Located, cid, locate, removed_meanwhile
 from cidfs.cli.output import raw, result, show_facts, size_text
 from cidfs.engine.export import file_pieces, nar_pieces
 from cidfs.errors import PathAbsent, UsageError
@@ -66,8 +66,9 @@ def cat(path: PathArgument) -> None:
         if not found.node.is_file:
             kind = "a directory" if found.node.type == DIRECTORY else "a symlink"
             raise UsageError(f"{path}: is {kind}, not a file")
-        for piece in file_pieces(store, found.manifest, found.node):
-            raw(piece)
+        with removed_meanwhile(store, found):
+            for piece in file_pieces(store, found.manifest, found.node):
+                raw(piece)
 
 
 def nar(path: PathArgument) -> None:
@@ -76,8 +77,9 @@ def nar(path: PathArgument) -> None:
         found = locate(store, path)
         if found.index:
             raise UsageError(f"{path}: a NAR is of a whole store path; leave out what is inside")
-        for piece in nar_pieces(store, found.manifest):
-            raw(piece)
+        with removed_meanwhile(store, found):
+            for piece in nar_pieces(store, found.manifest):
+                raw(piece)
 
 
 def info(

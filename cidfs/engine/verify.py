@@ -90,9 +90,9 @@ def _count(store: LocalStore, *databases: str) -> int:
 
 
 def _page_notes(store: LocalStore) -> Iterator[Note]:
-    with store.read() as txn:
-        folder = txn.index.path
-    for line in pages.damage(folder):
+    with store.read() as txn:  # as long as it is open, no page is written over
+        found = pages.damage(txn.index.path, pinned=True)
+    for line in found:
         where, _, text = line.partition(": ")
         yield Note("index", "pages", where, f"{text}; run `cidfs rebuild`")
 

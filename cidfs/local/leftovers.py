@@ -90,7 +90,9 @@ def _runs(folder: Path) -> Iterator[Path]:
         elif name.endswith(".sock"):
             dead = f"{stem}.lease" not in held
         else:
-            dead = name.endswith(".log") and _is_empty(path) and not _is_alive(name)
+            # a log is named by its process, as the lease that this holds as long as it logs
+            alive = any(lease.startswith(f"{stem}-") for lease in held)
+            dead = name.endswith(".log") and not alive and _is_empty(path)
         if dead:
             yield path
 
@@ -119,9 +121,3 @@ def _is_empty(path: Path) -> bool:
         return path.stat().st_size == 0
     except OSError:
         return False
-
-
-def _is_alive(name: str) -> bool:
-    """Say whether a process whose number stands in a log's name lives."""
-    numbers = re.findall(r"\d+", name)
-    return any(os.path.exists(f"/proc/{number}") for number in numbers)

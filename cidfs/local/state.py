@@ -27,6 +27,7 @@ import msgspec
 
 from cidfs.errors import (
     CidfsError,
+    DiskFailed,
     FormatError,
     IndexLost,
     LockTimeout,
@@ -36,7 +37,7 @@ from cidfs.errors import (
 )
 from cidfs.formats.chunking import PARAMETERS
 from cidfs.formats.digest import checksum
-from cidfs.local import leases
+from cidfs.local import leases, room
 from cidfs.local.files import (
     disk_errors,
     mapped,
@@ -245,7 +246,16 @@ class StateFolder:
 
     def take_lease(self, kind: str, serial: int, *, mountpoint: str = "", transport: str = "") -> Lease:
         """Say in run/ that this process is at work, since a serial. To be called before its first look-up."""
-        return leases.take(self.root / "run", kind, serial, mountpoint=mountpoint, transport=transport)
+
+        def take() -> Lease:
+            return leases.take(self.root / "run", kind, serial, mountpoint=mountpoint, transport=transport)
+
+        try:
+            return take()
+        except DiskFailed:  # nothing else is needed to read what is on a full disk
+            if kind != leases.MOUNT or not room.release(self.root):
+                raise
+        return take()
 
     def leases(self) -> list[tuple[Path, LeaseInfo]]:
         """Return the leases whose holders live."""

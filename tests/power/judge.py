@@ -209,7 +209,8 @@ def is_tidy(root: Path) -> None:
     assert left_behind(root) == []
     with LocalStore.open(root) as store:
         needed = sum(row.stored + row.frames * HEADER_SIZE for _, row in store.pack_rows())
-    packs = sum(p.stat().st_size for p in (root / "packs").glob("*/*/*"))
+    found = [p.stat() for p in (root / "packs").glob("*/*/*")]
+    packs = sum(min(info.st_size, info.st_blocks * 512) for info in found)  # there may be holes
     assert packs <= needed * DEAD_SHARE + SLACK, f"packs of {packs} bytes for frames of {needed}"
 
 

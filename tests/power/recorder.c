@@ -26,7 +26,7 @@
 
 #define SECTOR 512
 #define EXPORT __attribute__((visibility("default")))
-enum { MARK = 1, OUT, CREATE, WRITE, SIZE, SYNC, MKDIR, RENAME, LINK, UNLINK, RMDIR, UNKNOWN };
+enum { MARK = 1, OUT, CREATE, WRITE, SIZE, SYNC, MKDIR, RENAME, LINK, UNLINK, RMDIR, UNKNOWN, HOLE };
 
 struct head {
     uint32_t op, pid;
@@ -342,6 +342,17 @@ static int allocate(int fd, int mode, off_t offset, off_t length) {
     char path[PATH_MAX];
     if (!ours(fd, path))
         return syscall(SYS_fallocate, fd, mode, offset, length);
+    if (mode == (FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE)) {
+        int64_t size = length;
+        lock();
+        if (step())
+            die();
+        int punched = syscall(SYS_fallocate, fd, mode, offset, length);
+        if (!punched)
+            note(HOLE, inode_of(fd), offset, 0, "", 0, &size, sizeof size);
+        unlock();
+        return punched;
+    }
     if (mode) {
         note(UNKNOWN, 0, 0, 0, "fallocate", 9, "", 0);
         return syscall(SYS_fallocate, fd, mode, offset, length);

@@ -37,6 +37,7 @@ class Op(IntEnum):
     UNLINK = 10
     RMDIR = 11
     UNKNOWN = 12
+    HOLE = 13
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,13 @@ class File:
 
     durable: bytearray = field(default_factory=bytearray)
     pending: list[tuple[int, bytes] | int] = field(default_factory=list)
+
+    def size(self) -> int:
+        """Return its size as it is now."""
+        size = len(self.durable)
+        for change in self.pending:
+            size = change if isinstance(change, int) else max(size, change[0] + len(change[1]))
+        return size
 
     def settle(self) -> None:
         """All of it is durable now."""
@@ -185,6 +193,10 @@ class Disk:
                 folder.names[name] = self._inodes[event.inode] = made
             case Op.WRITE:
                 self._file(event).pending.append((event.offset, event.second))
+            case Op.HOLE:  # zeros, as far as the file goes
+                file = self._file(event)
+                length = min(int.from_bytes(event.second, "little"), file.size() - event.offset)
+                file.pending.append((event.offset, bytes(max(0, length))))
             case Op.SIZE:
                 self._file(event).pending.append(event.offset)
             case Op.UNLINK | Op.RMDIR:

@@ -19,6 +19,7 @@ import pytest
 
 from tests.commands import Store
 from tests.local.support import copy_store, few_urandom
+from tests.power.conftest import SmallDisk
 from tests.power.judge import Known, Promises, judge, known_in
 from tests.power.material import Material
 from tests.power.replay import KEPT, VARIANTS, Disk, Op, Variant, contents, read_log, write_out
@@ -192,6 +193,21 @@ def test_power_goes_during_removal_and_collection(
     story.run("remove", *material.of("alpha", "gamma"), paths=material.of("alpha", "gamma")).good()
     story.run("gc").good()
     assert judge_story(story, room, few=True) >= 100 // SHARE
+
+
+@pytest.mark.parametrize("disk", ["7m"], indirect=True)
+def test_power_goes_while_a_full_disk_is_collected(
+    small: Path, room: Path, disk: SmallDisk, commands: Runner, material: Material
+) -> None:
+    """There is no room for copies: what is dead is taken out of packs in place."""
+    here = copy_store(small, disk.folder / "state")
+    commands.run(here, "add", *map(material.source, ("alpha", "beta", "gamma")), roll=SMALL_PACK).good()
+    story = Story(commands, here, room / "log", here)
+    story.run("remove", *material.of("beta"), paths=material.of("beta")).good()
+    story.run("gc").good()
+    assert any(event.op == Op.HOLE for event in read_log(story.log))
+    story.run("add", material.source("beta"), paths=material.of("beta")).good()
+    assert judge_story(story, room, few=True) >= 60 // SHARE
 
 
 def test_power_goes_while_a_store_is_made(room: Path, commands: Runner, material: Material) -> None:

@@ -5,9 +5,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-from collections.abc import Iterator
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -18,7 +15,7 @@ from cidfs.local.room import restore
 from tests.commands import Store, store_in
 from tests.local.conftest import empty_store, room, root, small  # noqa: F401 (fixtures)
 from tests.local.support import copy_store, few_urandom
-from tests.power.conftest import commands, library, material  # noqa: F401 (fixtures)
+from tests.power.conftest import SmallDisk, commands, disk, library, material  # noqa: F401 (fixtures)
 from tests.power.judge import is_tidy, look
 from tests.power.material import Material
 from tests.power.runner import Runner, runner
@@ -29,47 +26,6 @@ from tests.system.test_kills import Scene, base, scenes  # noqa: F401 (fixtures)
 FULL = exit_code(DiskFailed(""))
 ONE_OF = 1 if Store.long else 10  # of the calls from which on the disk is full
 STEP = 4 << 10 if Store.long else 96 << 10  # from one amount of free space to the next
-PAGE = 4096
-
-
-@dataclass
-class SmallDisk:
-    """A file system in memory of a few megabytes, and a file that fills it."""
-
-    folder: Path
-
-    def free(self) -> int:
-        """Return how many bytes are free."""
-        info = os.statvfs(self.folder)
-        return info.f_bavail * info.f_frsize
-
-    def fill(self, left: int = 0) -> None:
-        """Leave just so many bytes free."""
-        with open(self.folder / "filler", "ab") as file:
-            more = (self.free() - left) // PAGE * PAGE
-            if more > 0:
-                os.posix_fallocate(file.fileno(), file.seek(0, os.SEEK_END), more)
-            elif more < 0:
-                file.truncate(max(0, file.tell() + more))
-
-    def empty(self) -> None:
-        """Take the filler away."""
-        (self.folder / "filler").unlink(missing_ok=True)
-
-
-@pytest.fixture(params=["48m"])
-def disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[SmallDisk]:
-    """A small disk; only root may mount one."""
-    if os.geteuid() != 0:
-        pytest.skip("needs root")
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={request.param}", "tmpfs", str(folder)]
-    mounted = subprocess.run(command, capture_output=True, check=False)
-    if mounted.returncode:
-        pytest.skip(f"no file system can be mounted: {mounted.stderr.decode().strip()}")
-    yield SmallDisk(folder)
-    subprocess.run(["umount", folder], check=True)
 
 
 @pytest.mark.parametrize("name", ["add", "import", "remove", "gc", "rebuild"])
@@ -161,9 +117,9 @@ def full_share(pipe: Connection, part: int, parts: int, library: Path, room: Pat
     """Let the disk be full from a share of a command's calls on, in each way."""
     os.urandom = few_urandom
     with runner(library) as commands:
-        calls = commands.run(
-            copy_store(scene.state, room / f"count-{part}"), *scene.words, stdin=Path(scene.stdin)
-        ).calls
+        here = copy_store(scene.state, room / f"store-{part}")
+        calls = commands.run(here, *scene.words, stdin=Path(scene.stdin)).calls
+        shutil.rmtree(here)
         cases = [(n, tear, mode) for n in range(1, calls + 1) for tear in (False, True) for mode in (1, 2)]
         mine = [case for case in cases if is_mine(case, part, parts)]
         for full_at, tear, mode in mine:

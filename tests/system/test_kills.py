@@ -23,7 +23,7 @@ import pytest
 from tests.commands import Store
 from tests.local.conftest import empty_store, room, root, small  # noqa: F401 (fixtures)
 from tests.local.support import copy_store, few_urandom
-from tests.power.conftest import commands, library, material  # noqa: F401 (fixtures)
+from tests.power.conftest import SmallDisk, commands, disk, library, material  # noqa: F401 (fixtures)
 from tests.power.judge import (
     DEAD_SHARE,
     SLACK,
@@ -70,9 +70,9 @@ def kill_share(pipe: Connection, part: int, parts: int, library: Path, room: Pat
     """Kill the command of a scene at a share of its calls, before them and in the middle of their bytes."""
     os.urandom = few_urandom
     with runner(library) as commands:
-        calls = commands.run(
-            copy_store(scene.state, room / f"count-{part}"), *scene.words, stdin=Path(scene.stdin)
-        ).calls
+        here = copy_store(scene.state, room / f"store-{part}")
+        calls = commands.run(here, *scene.words, stdin=Path(scene.stdin)).calls
+        shutil.rmtree(here)
         cases = [(n, tear) for n in range(1, calls + 1) for tear in (False, True)]
         mine = [case for case in cases if is_mine(case, part, parts)]
         for kill_at, tear in mine:
@@ -149,6 +149,17 @@ def test_killed_at_any_call(
     scene = scenes(name, base, material)
     scene.play(commands, copy_store(base, room / "whole"))
     assert in_shares(kill_share, ONE_OF, library, room, scene) >= 20 // ONE_OF
+
+
+@pytest.mark.parametrize("disk", ["8m"], indirect=True)
+def test_killed_while_a_full_disk_is_collected(
+    base: Path, disk: SmallDisk, commands: Runner, library: Path, material: Material
+) -> None:
+    """There is no room for copies: what is dead is taken out of packs in place."""
+    scene = scenes("gc", base, material)
+    scene.play(commands, copy_store(base, disk.folder / "whole"))
+    shutil.rmtree(disk.folder / "whole")
+    assert in_shares(kill_share, ONE_OF, library, disk.folder, scene) >= 20 // ONE_OF
 
 
 class Reader(threading.Thread):

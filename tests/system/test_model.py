@@ -27,6 +27,7 @@ from hypothesis.stateful import (
 )
 
 from tests.commands import Store, unmount_left_over
+from tests.system.forks import ForkedStore, Forks, forking
 from tests.system.model_support import (
     FILES,
     KILL_AT_A_CALL,
@@ -61,12 +62,13 @@ BESIDE = ("gc", "rebuild", "add", "remove")
 class StoreMachine(RuleBasedStateMachine):
     """A store, its mounts, and the model beside it."""
 
+    forks: ClassVar[Forks]
     rounds: ClassVar[int] = 0
 
     def __init__(self) -> None:
         super().__init__()
         self.folder = Path(tempfile.mkdtemp(prefix="cidfs-model-"))
-        self.store = Store(self.folder / "state")
+        self.store = ForkedStore(self.folder / "state", self.forks)
         self.model = Model(self.store)
         self.trees = Trees(self.folder)
         self.specs: list[Spec] = []
@@ -96,9 +98,9 @@ class StoreMachine(RuleBasedStateMachine):
         mounts, published = self.model.mounts, self.model.published
         if mounts and published and data.draw(st.booleans(), "hold open"):
             self.hold_open(data)
-        possible = ["add", "again", "gc", "gc", "rebuild", "verify", "import", "compare"]
-        possible += ["two at once"] * 3
-        possible += ["remove", "remove", "remove", "publish", "publish"] if published else []
+        possible = ["add", "again", "again", "gc", "gc", "rebuild", "verify", "import", "compare"]
+        possible += ["two at once"] * 4
+        possible += ["remove"] * 4 + ["publish"] * 2 if published else []
         possible += ["mount"] * 3 if len(mounts) < MOUNTS else []
         possible += ["umount"] if mounts else []
         match data.draw(st.sampled_from(possible), "round"):
@@ -314,5 +316,6 @@ def test_what_is_there_is_what_the_model_says() -> None:
         print_blob=True,
     )
     StoreMachine.rounds = 0
-    while StoreMachine.rounds < ROUNDS:
-        run_state_machine_as_test(StoreMachine, settings=chosen)
+    with forking() as StoreMachine.forks:
+        while StoreMachine.rounds < ROUNDS:
+            run_state_machine_as_test(StoreMachine, settings=chosen)
