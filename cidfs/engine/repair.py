@@ -33,9 +33,8 @@ from cidfs.formats.manifest import EXECUTABLE, FILE
 from cidfs.formats.store_path import StorePath
 from cidfs.local import tables
 from cidfs.local.audit import frames_of
-from cidfs.local.files import sync_folder
 from cidfs.local.pack_scan import all_packs
-from cidfs.local.packs import MANIFEST, OWN, PackWriter, pack_path
+from cidfs.local.packs import MANIFEST, OWN, PackWriter, distrust, pack_path
 from cidfs.local.rows import PackRow, PathRow, Place
 from cidfs.local.store import LocalStore, PublishedPath
 from cidfs.remote.upstream import open_upstream
@@ -116,7 +115,12 @@ def _replace_places(
     rows: Sequence[tuple[bytes, Place | None, Place | None]],
     writer: PackWriter,
 ) -> None:
-    """Give digests whose row still has the bad place (None: no row) the good one (None: no row any more)."""
+    """Give digests whose row still has the bad place (None: no row) the good one (None: no row any more).
+
+    The pack is marked first: its footer goes on telling of the bad one, and a rebuild must not believe it.
+    """
+    for place in {bad.pack: bad for _, bad, _ in rows if bad is not None}.values():
+        _distrust(store, place)
     with store.transaction() as index, index.write() as txn:
         for digest, bad, good in rows:
             raw = txn.get(database, digest)
@@ -127,6 +131,13 @@ def _replace_places(
             else:
                 txn.drop_place(database, digest)
         store.note_packs(txn, writer)
+
+
+def _distrust(store: LocalStore, place: Place) -> None:
+    with contextlib.suppress(OSError, CidfsError):  # the pack is gone, or cannot be written to
+        path = pack_path(store.state.root, place.kind, place.pack)
+        if path.exists():
+            distrust(path)
 
 
 class Repair:
@@ -297,12 +308,7 @@ class Repair:
                 finding = packs.get(place.pack)
                 if finding is None:
                     continue
-                with contextlib.suppress(OSError):  # nothing is to be appended there
-                    path = pack_path(self._store.state.root, place.kind, place.pack)
-                    mark = path.with_name(f"{path.name}.bad")
-                    if not mark.exists():
-                        mark.touch()
-                        sync_folder(path.parent)
+                _distrust(self._store, place)
                 try:
                     raw = self._store.packs.read_stored(digest, place)
                     frames.read_data(raw, frames.read_header(raw))

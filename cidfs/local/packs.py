@@ -39,6 +39,14 @@ def bad_mark(path: Path) -> Path:
     return path.with_name(f"{path.name}.bad")
 
 
+def distrust(path: Path) -> None:
+    """Mark a pack as bad, durably; raise OSError or DiskFailed."""
+    mark = bad_mark(path)
+    if not mark.exists():
+        mark.touch()
+        sync_folder(path.parent)
+
+
 class SyncFailed(DiskFailed):
     """A pack could not be synced; what was written to it since the last sync may be lost."""
 
@@ -281,8 +289,7 @@ class PackWriter:
                     current.dirty = False
             except OSError as e:
                 with contextlib.suppress(OSError, DiskFailed):
-                    bad_mark(current.path).touch()
-                    sync_folder(current.path.parent)
+                    distrust(current.path)
                 self._drop(current)
                 raise SyncFailed(str(mapped(e, current.path, "sync")), current.identity) from e
             if not current.folder_synced:

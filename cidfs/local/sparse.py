@@ -15,10 +15,10 @@ from typing import Final
 from cidfs.errors import CidfsError, DiskFailed
 from cidfs.formats import frames, pack
 from cidfs.local import room
-from cidfs.local.files import disk_errors, leads_to, punch, sync_folder, try_flock
+from cidfs.local.files import disk_errors, leads_to, punch, try_flock
 from cidfs.local.index import Index, ReadTxn
 from cidfs.local.leases import at_work
-from cidfs.local.packs import MANIFEST, PackWriter, bad_mark, pack_path
+from cidfs.local.packs import MANIFEST, PackWriter, bad_mark, distrust, pack_path
 from cidfs.local.rows import PackRow, Place
 from cidfs.local.store import LocalStore
 from cidfs.local.survey import PackFile, Report, Survey, digests_of
@@ -118,8 +118,7 @@ class SparsePacks:
             if raw is None or PackRow.unpack(raw).frames != len(live):
                 return
             try:
-                bad_mark(here.path).touch()
-                sync_folder(here.path.parent)
+                distrust(here.path)
                 before = os.fstat(fd).st_blocks
                 start = len(pack.HEADER)
                 for place in [*live, None]:

@@ -206,7 +206,7 @@ def collect_in(root: Path) -> None:
 
 def is_tidy(root: Path) -> None:
     """Fail where something is left that a collection should have found, or packs hold much that is dead."""
-    assert left_behind(root) == []
+    assert left_behind(root) == [], left_behind(root)
     with LocalStore.open(root) as store:
         needed = sum(row.stored + row.frames * HEADER_SIZE for _, row in store.pack_rows())
     found = [p.stat() for p in (root / "packs").glob("*/*/*")]
@@ -254,7 +254,7 @@ def is_made_again(root: Path, promises: Promises) -> None:
     assert problems(root) == []
 
 
-_LEFT = re.compile(r".*(\.new|\.tmp-[^/]*|\.bad)|index/rebuild-[^/]*|run/.+")
+_LEFT = re.compile(r".*(\.new|\.tmp-[^/]*)|index/rebuild-[^/]*|run/.+")
 
 
 def left_behind(root: Path) -> list[str]:
@@ -264,7 +264,7 @@ def left_behind(root: Path) -> list[str]:
         where = os.path.relpath(folder, root)
         for name in (*folders, *files):
             path = os.path.normpath(os.path.join(where, name))
-            if _LEFT.fullmatch(path):
+            if _LEFT.fullmatch(path) or (name.endswith(".bad") and name.removesuffix(".bad") not in files):
                 found.append(path)
     indexes = [n for n in os.listdir(root / "index") if n.isdigit()]
     return sorted(found) + (sorted(indexes) if len(indexes) != 1 else [])

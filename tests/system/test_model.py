@@ -43,10 +43,10 @@ from tests.system.model_support import (
 )
 from tests.system.support import nar_of
 
-ROUNDS = 200 if Store.long else 20
+ROUNDS = 200 if Store.long else 25
 STEPS = 25  # rounds with one store
 MOUNTS = 2
-CALLS = 60  # a command that is killed makes about as many calls
+CALLS = 25  # a command that is killed makes about as many calls
 
 SPECS = st.builds(
     Spec,
