@@ -119,6 +119,7 @@ class _Daemon:
         self._ready = ready
         self._began = time.monotonic()
         self._removals = Removals(store)
+        self._letting_go = trio.Lock()
 
     async def run(self) -> None:
         async with trio.open_nursery() as nursery:
@@ -165,15 +166,15 @@ class _Daemon:
 
     async def _let_go(self) -> None:
         """Let the kernel forget the names of what was removed, and packs go that were unlinked."""
-        try:
-            removed = await trio.to_thread.run_sync(self._removals.new)
-        except CidfsError as e:
-            log.warning("%s", e)
-            return
-        for name in removed:
-            self._transport.forget_name(name)
-        if removed:
-            self._store.packs.forget_unlinked()
+        async with self._letting_go:  # who asks is answered when the kernel knows, whoever saw it first
+            try:
+                removed = await trio.to_thread.run_sync(self._removals.new)
+            except CidfsError as e:
+                log.warning("%s", e)
+                return
+            if removed:
+                await self._transport.forget_names(removed)
+                self._store.packs.forget_unlinked()
 
     async def _serve_control(self) -> None:
         listener = trio.SocketListener(trio.socket.from_stdlib_socket(self._listener))

@@ -70,8 +70,12 @@ class PackScan:
         self._judge(index)
 
     def catch_up(self, index: Index) -> None:
-        """Forget packs that went since, and read what was appended. Under the write lock."""
-        self._forget(index, {i for i, seen in self._seen.items() if not seen.path.exists()})
+        """Forget packs that went since, and read what was appended. Under the write lock.
+
+        Those with a bad mark are read again: a collection may have given the space of their dead frames back.
+        """
+        gone = {i for i, seen in self._seen.items() if not seen.path.exists()}
+        self._forget(index, gone | {i for i, seen in self._seen.items() if bad_mark(seen.path).exists()})
         for identity, kind, path in list(all_packs(self._root)):
             known = self._seen.get(identity)
             if known is None or (not known.sealed and path.stat().st_size > known.end):

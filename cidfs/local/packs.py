@@ -152,6 +152,7 @@ class _Open:
         self.folder_synced = False
         self.made_here = made_here
         self.dirty = made_here
+        self.failed: OSError | None = None
 
 
 class PackWriter:
@@ -265,6 +266,12 @@ class PackWriter:
         return _Open(path, identity, fd, len(pack.HEADER), made_here=True)
 
     def _seal(self, current: _Open) -> None:
+        self._open = None  # stays locked until sync()
+        try:
+            os.fdatasync(current.fd)  # a footer that outlived its frames would tell of what is not there
+        except OSError as e:
+            current.failed = e
+            return
         rows: list[pack.Row] = []
         if not current.made_here:
             before = os.pread(current.fd, current.taken_at, 0)
@@ -275,7 +282,6 @@ class PackWriter:
             ]
         self._write(current, pack.build_footer(rows + current.rows, current.end), current.end)
         self.changed[current.identity] = True
-        self._open = None  # stays locked and unsynced until sync()
 
     def sync(self) -> None:
         """Make everything appended so far durable; raise SyncFailed and mark the pack when that fails.
@@ -284,6 +290,8 @@ class PackWriter:
         """
         for current in list(self._unsynced):
             try:
+                if current.failed is not None:
+                    raise current.failed
                 if current.dirty:
                     os.fdatasync(current.fd)
                     current.dirty = False

@@ -12,6 +12,7 @@ import pytest
 from cidfs.engine import ingest as ingest_module
 from cidfs.engine.ingest import ingest
 from cidfs.errors import DiskFailed
+from cidfs.formats import pack
 from cidfs.local.collect import collect
 from cidfs.local.store import LocalStore
 from tests.engine.support import file_source, nar_of, stored_nar
@@ -39,9 +40,11 @@ class FailingSyncs:
 
 @pytest.mark.parametrize("kind", ["own", "manifest"])
 @pytest.mark.parametrize("failing", [(1,), (2,), (1, 2), (2, 3)])
+@pytest.mark.parametrize("roll", [pack.ROLL_SIZE, 200], ids=["", "sealed"])
 async def test_what_cannot_be_synced_is_stored_again_elsewhere(
-    root: Path, monkeypatch: pytest.MonkeyPatch, kind: str, failing: tuple[int, ...]
+    root: Path, monkeypatch: pytest.MonkeyPatch, kind: str, failing: tuple[int, ...], roll: int
 ) -> None:
+    monkeypatch.setattr(pack, "ROLL_SIZE", roll)
     syncs = FailingSyncs(monkeypatch, kind, *failing)
     monkeypatch.setattr(ingest_module, "ROWS_A_TRANSACTION", 4)
     with LocalStore.open(root, write=True) as store:

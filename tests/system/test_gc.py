@@ -18,6 +18,7 @@ from cidfs.local.store import LocalStore
 from tests.commands import Store
 from tests.local.support import copy_store, flip, pack_files
 from tests.system.forks import Forks, forked_store_in, forking
+from tests.system.model_support import NO_ROOM
 from tests.system.support import describe, make_files, noise
 from tests.system.test_at_once import wait_until_stopped
 
@@ -310,6 +311,20 @@ def test_what_a_running_add_has_found_stays_for_it(store: Store, mountpoint: Pat
     assert describe(mountpoint / Path(added).name) == describe(new)
     assert figures(store)["waiting"] == 0
     assert nothing_left(store)
+
+
+def test_a_rebuild_does_not_believe_in_what_was_freed_meanwhile(store: Store, mountpoint: Path) -> None:
+    """It has read the packs when a collection without room to copy frees parts of them in place."""
+    trees = [tree(store, name) for name in "abc"]
+    names = store.add(*trees)
+    store.run("remove", names[1])
+    rebuilding = stopped(store, "rebuild", hook=stop_after("pack_scan.PackScan.read_all"))
+    store.finish(store.start("gc", hook=NO_ROOM))
+    go_on(store, rebuilding)
+    assert store.add(*trees) == names
+    store.mount(mountpoint)
+    for name, source in zip(names, trees, strict=True):
+        assert describe(mountpoint / name) == describe(source)
 
 
 def test_a_dry_run_beside_an_add_finds_nothing_wrong(store: Store) -> None:

@@ -59,15 +59,26 @@ def start(
 
 
 def end(process: subprocess.Popen[bytes], patience: float = 5.0) -> None:
-    """End a process that `start` gave, and its group."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        if process.poll() is not None:
-            break
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(patience)
+    """End a process that `start` gave, and its group; one that has ended by itself left no group."""
+    if process.poll() is None:
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+            # the leader may go before the others, which would go on writing
+            deadline = time.monotonic() + patience
+            while _group_runs(process) and time.monotonic() < deadline:
+                time.sleep(0.01)
+        process.wait(patience)
     _running.pop(process.pid, None)
+
+
+def _group_runs(process: subprocess.Popen[bytes]) -> bool:
+    process.poll()
+    try:
+        os.killpg(process.pid, 0)
+        return True
+    except ProcessLookupError:
+        return False
 
 
 def end_all() -> None:

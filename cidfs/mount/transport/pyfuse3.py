@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar, cast
 
 import pyfuse3
@@ -28,6 +28,7 @@ from pyfuse3 import (
 
 from cidfs.errors import CidfsError, PathAbsent, errno_of
 from cidfs.mount.metrics import Latencies
+from cidfs.mount.transport import polling
 from cidfs.mount.view import ROOT, Attributes, Miss, StoreView
 
 log = logging.getLogger(__name__)
@@ -99,6 +100,7 @@ class Pyfuse3Transport(pyfuse3.Operations):
 
     async def serve(self) -> None:
         """Answer requests until the file system is unmounted or stop() is called."""
+        polling.install()
         await pyfuse3.main(max_tasks=MAX_TASKS)
 
     def stop(self) -> None:
@@ -109,10 +111,21 @@ class Pyfuse3Transport(pyfuse3.Operations):
         """Give the session back, without unmounting: that is the mount session's business."""
         pyfuse3.close(unmount=False)
 
-    def forget_name(self, name: bytes) -> None:
-        """Let the kernel forget that a name was in the root; who has it open keeps what it has."""
-        # on a thread of the library's own: a request that waits for us may hold what the kernel needs
-        pyfuse3.invalidate_entry_async(InodeT(ROOT), FileNameT(name), ignore_enoent=True)
+    async def forget_names(self, names: Sequence[bytes]) -> None:
+        """Let the kernel forget names in the root; who has one of them open keeps what it has.
+
+        On a thread: a request that waits for this loop may hold what the kernel needs for it.
+        """
+
+        def forget() -> None:
+            for name in names:
+                try:
+                    pyfuse3.invalidate_entry(InodeT(ROOT), FileNameT(name))
+                except OSError as e:
+                    if e.errno != errno.ENOENT:  # it knew nothing of it
+                        log.warning("a name cannot be taken out of the kernel's memory: %s", e)
+
+        await trio.to_thread.run_sync(forget, abandon_on_cancel=True)
 
     def init(self) -> None:
         """Take INIT; the library answers it before any task runs that waits for the event."""
