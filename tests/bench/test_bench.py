@@ -145,7 +145,7 @@ def test_a_command_that_hangs_is_ended_with_all_below_it(tmp_path: Path) -> None
 
 
 def test_a_command_s_cost_is_that_of_all_its_processes() -> None:
-    work = f"{sys.executable} -c 'x = b"x" * (80 << 20); import time; time.sleep(0.3); print(len(x))'"
+    work = f"{sys.executable} -c 'import time; x = str(1) * (80 << 20); time.sleep(0.3); print(len(x))'"
     usage = run(["sh", "-c", f"{work} & {work} & wait"], 30)
     assert usage.output.split() == [str(80 << 20)] * 2
     assert usage.peak > 150_000_000
