@@ -169,7 +169,7 @@ class Index:
             with self.env.begin(buffers=False) as raw:
                 yield ReadTxn(self, raw)
         except lmdb.Error as e:
-            raise IndexLost(f"{self.path}: the index cannot be read ({e}); run `cidfs rebuild`") from e
+            raise self._unreadable(e) from e
 
     @contextlib.contextmanager
     def write(self) -> Iterator[WriteTxn]:
@@ -193,13 +193,18 @@ class Index:
             with self.env.begin(buffers=False) as raw:
                 stored = raw.get(key, db=self.db[database])
         except lmdb.Error as e:
-            raise IndexLost(f"{self.path}: the index cannot be read ({e}); run `cidfs rebuild`") from e
+            raise self._unreadable(e) from e
         if stored is None:
             return None
         value = unseal(database.encode(), key, stored)
         if value is None:
             self.damaged_rows += 1
         return value
+
+    def _unreadable(self, error: lmdb.Error) -> CidfsError:
+        if isinstance(error, lmdb.PanicError):  # LMDB refuses all work after a write that failed half way
+            return DiskFailed(f"{self.path}: an earlier write of the index failed; is the disk full?")
+        return IndexLost(f"{self.path}: the index cannot be read ({error}); run `cidfs rebuild`")
 
     def sync(self) -> None:
         """Make all commits durable, of an index that was opened without that."""

@@ -29,7 +29,7 @@ def leftovers(state: StateFolder) -> Iterator[Path]:
         yield from (folder / name for name in sorted(_names(folder)) if _TEMPORARY.fullmatch(name))
     yield from _indexes(state)
     for kind in PACK_KINDS:
-        for folder in sorted((state.root / "packs" / kind).iterdir()):
+        for folder in sorted((state.root / "packs" / kind).glob("*")):
             names = _names(folder)
             for name in sorted(names):
                 path = folder / name

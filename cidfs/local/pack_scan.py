@@ -43,7 +43,9 @@ def _identity(name: str) -> bytes | None:
 def all_packs(root: Path) -> Iterator[tuple[bytes, int, Path]]:
     """Yield identity, kind and path of every pack file of a store."""
     for kind, word in enumerate(PACK_KINDS):
-        for folder in sorted((root / "packs" / word).iterdir()):
+        for folder in sorted(
+            (root / "packs" / word).glob("*")
+        ):  # not there in a backup without empty folders
             for name in sorted(os.listdir(folder)):
                 identity = _identity(name)
                 if identity is not None:

@@ -249,6 +249,10 @@ class PackWriter:
             path = pack_path(self._root, self.kind, identity)
             temporary = path.with_name(f"{path.name}.new")
             with disk_errors(path, "make a pack"):
+                if not path.parent.exists():  # restored from a backup that leaves empty folders out
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    sync_folder(path.parent.parent)
+                    sync_folder(path.parent.parent.parent)
                 fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
                 if try_flock(fd) and leads_to(temporary, fd):
                     break
@@ -256,6 +260,7 @@ class PackWriter:
         with disk_errors(path, "make a pack"):
             try:
                 write_all(fd, pack.HEADER, 0)
+                os.fdatasync(fd)  # what has the name of a pack begins as one
                 os.link(temporary, path)
                 os.unlink(temporary)
             except BaseException:

@@ -189,8 +189,10 @@ class SparsePacks:
         for identity in writer.made:
             path = pack_path(self._state.root, writer.kind, identity)
             with contextlib.suppress(FileNotFoundError):
-                self._survey.packs[identity] = PackFile(writer.kind, path, path.stat().st_size)
-                self._report.packs -= self._drop([identity])
+                here = self._survey.packs[identity] = PackFile(writer.kind, path, path.stat().st_size)
+                if self._drop([identity]):
+                    self._report.packs -= 1
+                    self._report.pack_bytes -= here.size
 
 
 def _frames_end(here: PackFile) -> int:

@@ -31,7 +31,8 @@ class FailingSyncs:
 
     def __call__(self, fd: int) -> None:
         """Fail, or sync."""
-        if f"/packs/{self._kind}/" in os.readlink(f"/proc/self/fd/{fd}"):
+        where = os.readlink(f"/proc/self/fd/{fd}")
+        if f"/packs/{self._kind}/" in where and ".new" not in where:
             self.count += 1
             if self.count in self._numbers:
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
