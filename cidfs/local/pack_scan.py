@@ -43,9 +43,7 @@ def _identity(name: str) -> bytes | None:
 def all_packs(root: Path) -> Iterator[tuple[bytes, int, Path]]:
     """Yield identity, kind and path of every pack file of a store."""
     for kind, word in enumerate(PACK_KINDS):
-        for folder in sorted(
-            (root / "packs" / word).glob("*")
-        ):  # not there in a backup without empty folders
+        for folder in sorted((root / "packs" / word).glob("*")):  # a backup may have left empty ones out
             for name in sorted(os.listdir(folder)):
                 identity = _identity(name)
                 if identity is not None:
