@@ -103,6 +103,7 @@ def test_tables_have_a_row_a_measure_and_a_column_a_peer() -> None:
     ]
     assert rows[0].split()[-4:] == ["250", "100", "130", "-"]
     assert report.ratios(VALUES, peers).splitlines()[1].split() == ["ingest", "2.50", "1.92", "-"]
+    assert "| ingest, MB/s | 250 | **2.50** (100) | **1.92** (130) |  |" in report.markdown(VALUES, peers)
     json.dumps(report.as_data(VALUES, peers))
 
 

@@ -49,6 +49,7 @@ class Plan:
     memory: str = ""  # a file that tells the disk of the next process what this one did not sync
     pause_at: int = 0  # the step before which the process waits for others
     kill_before: str = ""  # how the name of the step begins before which it ends
+    fail_on: str = ""  # the name of the syncs that fail
 
 
 class Disk:
@@ -141,10 +142,11 @@ class Disk:
         info = os.fstat(fd)
         kind = "folder" if stat.S_ISDIR(info.st_mode) else "file"
         where = os.path.relpath(os.readlink(f"/proc/self/fd/{fd}"), self.root)
-        self.step(f"sync {kind} {where}")
+        label = f"sync {kind} {where}"
+        self.step(label)
         self.syncs += 1
         file = self._files.get(info.st_ino)
-        if self.syncs == self.plan.fail_at:
+        if self.syncs == self.plan.fail_at or label == self.plan.fail_on:
             if file is not None:
                 file.pending.clear()
             raise OSError(errno.EIO, os.strerror(errno.EIO))

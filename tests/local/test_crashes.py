@@ -186,7 +186,8 @@ def test_the_power_goes_after_another_went_on_where_a_publisher_died(
     "first",
     [
         Plan(kill_before="sync file next-inode"),  # raised, and not synced
-        Plan(fail_at=6, kill_before="sync folder ."),  # in a new file, whose name was not synced
+        # in a new file, whose name was not synced
+        Plan(fail_on="sync file next-inode", kill_before="sync folder ."),
     ],
 )
 def test_a_limit_that_a_dead_publisher_raised(small: Path, room: Path, first: Plan) -> None:

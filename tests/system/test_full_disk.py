@@ -75,7 +75,7 @@ def test_full_again_and_again_below_a_mount(disk: SmallDisk, tmp_path: Path) -> 
     """What is here can be read all the time, removal and collection work each time, and then adding does."""
     mountpoint = tmp_path / "mnt"
     mountpoint.mkdir()
-    trees = [tree_of(tmp_path, i) for i in range(12 if Store.long else 5)]
+    trees = [tree_of(tmp_path, i) for i in range(12 if Store.long else 4)]
     expected = {tree.name: describe(tree) for tree in trees}
 
     def is_whole() -> None:

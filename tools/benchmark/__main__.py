@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, Final
@@ -97,6 +98,8 @@ def _about(releases: Sequence[Release]) -> str:
 def measure(told: argparse.Namespace, releases: Sequence[Release], work: Path, peers: list[Peer]) -> int:
     """Measure everything and report; fills peers as they are made, so that the caller can unmount them."""
     size = QUICK if told.quick else FULL
+    if told.repeat:
+        size = replace(size, ingests=told.repeat, rounds=told.repeat)
     steps = told.only or STEPS
     reader = Reader(work)
     versions: dict[str, str] = {}
@@ -159,8 +162,9 @@ def measure(told: argparse.Namespace, releases: Sequence[Release], work: Path, p
     _draw(results.values, names, out / "bench.png", _about(releases))
     text = show(data, results.values, names)
     (out / "bench.txt").write_text(text)
+    (out / "bench.md").write_text(report.markdown(results.values, names))
     print(text, end="")
-    say(f"written: {out}/bench.json, bench.png, bench.txt")
+    say(f"written: {out}/bench.json, bench.md, bench.png, bench.txt")
     return 0 if not results.failures else 1
 
 

@@ -42,7 +42,7 @@ FULL: Final = Size(
     ingests=2, rounds=3, warm=3, small=8000, big=700 << 20, plenty=1 << 30, roots=60_000, paths=10_000
 )
 QUICK: Final = Size(
-    ingests=1, rounds=1, warm=2, small=1500, big=80 << 20, plenty=100 << 20, roots=5_000, paths=300
+    ingests=2, rounds=2, warm=2, small=1500, big=80 << 20, plenty=100 << 20, roots=5_000, paths=300
 )
 
 

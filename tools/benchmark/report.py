@@ -170,6 +170,24 @@ def figures_text(found: Sequence[Figure]) -> str:
     return _aligned(rows)
 
 
+def markdown(values: Values, peers: Sequence[str]) -> str:
+    """Return the tables of docs/performance.md: what is wanted; then ratios, with each value behind."""
+    lines = ["| figure | wanted | measured | |", "|---|---|---|---|"]
+    for figure in figures(values):
+        state = {None: "not measured", True: "reached", False: "**not reached**"}[figure.reached]
+        lines.append(f"| {figure.title} | {figure.wanted} | {number(figure.got)} | {state} |")
+    others = [peer for peer in peers if peer != "cidfs"]
+    lines += ["", f"| | cidfs | {' | '.join(others)} |", "|---" * (len(others) + 2) + "|"]
+    for measure in MEASURES:
+        if measure.key in values:
+            cells = [f"{measure.title}, {measure.unit}", number(best(values, measure.key, "cidfs"))]
+            for peer in others:
+                times, value = ratio(values, measure.key, peer), best(values, measure.key, peer)
+                cells.append("" if times is None else f"**{times:.2f}** ({number(value)})")
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def as_data(values: Values, peers: Sequence[str]) -> dict[str, Any]:
     """Return values, what counts of them, ratios and wanted figures as plain data for JSON."""
     return {
