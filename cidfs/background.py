@@ -131,14 +131,12 @@ def stop(mountpoint: Path, *, lazy: bool) -> None:
     """
     info = session.mounted_at(mountpoint)
     state = session.source_of(info) if info is not None else Path("/")
-    daemons = session.daemons_of(state, mountpoint)
+    pid = session.daemon_of(state, mountpoint)
     session.unmount(mountpoint, lazy=lazy)
     deadline = time.monotonic() + STOP_SECONDS
     pause = 0.005
-    while not lazy and daemons & session.daemons_of(state, mountpoint):
+    while not lazy and pid in session.daemons_of(state, mountpoint):
         if time.monotonic() > deadline:
-            raise MountFailed(
-                f"{mountpoint}: unmounted, but its daemon (process {min(daemons)}) goes on; see its log"
-            )
+            raise MountFailed(f"{mountpoint}: unmounted, but its daemon (process {pid}) goes on; see its log")
         time.sleep(pause)
         pause = min(2 * pause, 0.1)

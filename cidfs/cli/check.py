@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cidfs.cli.common import GLOBALS, cid, published, store_path
+from cidfs.cli.common import GLOBALS, cid, published, refuse_foreign, store_path
 from cidfs.cli.output import result, say, steps_progress
 from cidfs.errors import Damaged, PathAbsent, SourceError, UsageError
 from cidfs.formats.digest import looks_like_cid
@@ -182,6 +182,7 @@ def rebuild(
 
     settings = GLOBALS.settings()
     timeout = settings.store.lock_timeout if GLOBALS.lock_timeout is None else GLOBALS.lock_timeout
+    refuse_foreign(Path(settings.store.state))
     state = StateFolder.open(Path(settings.store.state))
     with steps_progress() as steps:
         report = make_anew(state, lock_timeout=timeout, accept_loss=accept_loss, progress=steps.remaining)

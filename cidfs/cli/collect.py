@@ -112,7 +112,8 @@ def _show(report: Report, verb: str) -> None:
     dead = _count(report.dead_chunks + report.dead_manifests, "dead frame")
     result(
         f"{verb} {size_text(freed)}: {_count(packs, 'pack')}, {_count(report.leftovers, 'leftover')};"
-        f" {dead} of {size_text(report.dead_bytes)}; {_count(report.paths, 'store path')} stay"
+        f" {dead} of {size_text(report.dead_bytes)};"
+        f" {_count(report.paths, 'store path')} {'stays' if report.paths == 1 else 'stay'}"
     )
     if report.waiting:
         waiting = f"{_count(report.waiting, 'pack')} of {size_text(report.waiting_bytes)}"

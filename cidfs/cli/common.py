@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import pwd
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from cidfs.config import Settings, load
-from cidfs.errors import ChunkMissing, FormatError, PathAbsent, UsageError
+from cidfs.errors import ChunkMissing, FormatError, NotPermitted, PathAbsent, UsageError
 from cidfs.formats.digest import looks_like_cid, parse_cid
 from cidfs.formats.manifest import Manifest, Node
 from cidfs.formats.store_path import StorePath, parse_store_path
@@ -35,6 +37,8 @@ class Globals:
         settings = self.settings()
         timeout = settings.store.lock_timeout if self.lock_timeout is None else self.lock_timeout
         root = Path(settings.store.state)
+        if write:
+            refuse_foreign(root)
         if create:
             store = LocalStore.open(
                 root, write=write, create=True, store_dir=settings.store.store_dir, lock_timeout=timeout
@@ -44,6 +48,19 @@ class Globals:
         if write:
             room.restore(root)  # given up once on a full disk, perhaps
         return store
+
+
+def refuse_foreign(root: Path) -> None:
+    """Raise NotPermitted where root would leave files in another's store that its owner cannot use."""
+    try:
+        owner = (root / "format").stat().st_uid
+    except OSError:
+        return
+    if os.geteuid() == 0 and owner not in (0, os.getuid()):
+        who = f"user {owner}"
+        with contextlib.suppress(KeyError):
+            who = pwd.getpwuid(owner).pw_name
+        raise NotPermitted(f"{root}: the store belongs to {who}; run as its owner, or change that (chown -R)")
 
 
 GLOBALS = Globals()

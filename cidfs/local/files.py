@@ -20,7 +20,9 @@ _PUNCH_HOLE = 3  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 
 def mapped(error: OSError, path: Path | str, doing: str) -> CidfsError:
     """Return the error of ours for an OSError while doing something to a path."""
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+    if error.errno == errno.EROFS:
+        return NotPermitted(f"{path}: cannot {doing}: the file system is mounted read-only")
+    if error.errno in (errno.EACCES, errno.EPERM):
         return NotPermitted(f"{path}: cannot {doing}: {error.strerror}; run as the owner of the store")
     if error.errno == errno.ENOSPC:
         return DiskFailed(f"{path}: cannot {doing}: the disk is full; free some space and try again")

@@ -45,7 +45,7 @@ def _open_environment(path: Path, *, write: bool, sync: bool) -> lmdb.Environmen
     while True:
         try:
             return lmdb.open(
-                str(path),
+                os.fsencode(path),
                 map_size=size,
                 max_dbs=32,
                 max_readers=MAX_READERS,

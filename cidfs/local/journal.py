@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from cidfs.errors import FormatError
+from cidfs.errors import FormatError, StoreAbsent
 from cidfs.formats import frames, journal
 from cidfs.local.files import disk_errors, mapped, replace_durably, sync_folder, write_all
 
@@ -22,8 +22,16 @@ TAIL: Final = 1 << 20  # so many bytes at the journal's end are read to see wher
 
 def journal_files(folder: Path) -> list[int]:
     """Return the numbers of the journal files, ascending."""
-    with disk_errors(folder, "list"):
-        return sorted(int(n) for n in os.listdir(folder) if n.isdigit())
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        raise StoreAbsent(
+            f"{folder}: the folder is gone; restore it from a backup. Where the index is whole, an empty"
+            " folder and `cidfs rebuild` will do"
+        ) from None
+    except OSError as e:
+        raise mapped(e, folder, "list") from e
+    return sorted(int(n) for n in names if n.isdigit())
 
 
 @dataclass

@@ -83,9 +83,7 @@ class StateFolder:
             raw = (root / "format").read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             if _has_journal(root):
-                raise StoreAbsent(
-                    f"{root}: a store that lost its file `format`; restore that from a backup"
-                ) from None
+                raise StoreAbsent(f"{root}: a store that lost its file `format`; {_FORMAT_ADVICE}") from None
             raise StoreAbsent(
                 f"{root}: no store here; make one with `cidfs --state {root} add DIR`, or name another"
             ) from None
@@ -100,7 +98,7 @@ class StateFolder:
                 )
             form = msgspec.json.decode(raw, type=Format)
         except (msgspec.MsgspecError, UnicodeDecodeError) as e:
-            raise FormatError(f"{root}/format: cannot be read: {e}") from None
+            raise FormatError(f"{root}/format: cannot be read ({e}); {_FORMAT_ADVICE}") from None
         if form.features or form.chunking != PARAMETERS:
             unknown = ", ".join(form.features) or form.chunking
             raise StoreVersion(f"{root}: the store needs what this cidfs does not know: {unknown}")
@@ -274,6 +272,10 @@ _OUR_NAMES: Final = {
     "run",
     "write.lock",
 }
+_FORMAT_ADVICE: Final = (
+    "restore that from a backup, or copy it from another store for the same store directory: only its id"
+    " differs"
+)
 _LOCK_ADVICE: Final = "let it go on or end it, then try again"
 
 
@@ -310,7 +312,7 @@ def _refuse_strangers(root: Path) -> None:
     if (root / "format").exists():
         return  # another process has just made it
     if _has_journal(root):
-        raise StoreAbsent(f"{root}: a store that lost its file `format`; restore that from a backup")
+        raise StoreAbsent(f"{root}: a store that lost its file `format`; {_FORMAT_ADVICE}")
     strange = sorted(n for n in os.listdir(root) if n.partition(".tmp-")[0] not in _OUR_NAMES)
     if strange:
         raise StoreAbsent(

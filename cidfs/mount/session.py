@@ -21,6 +21,7 @@ from typing import Final
 from urllib.parse import quote, unquote_to_bytes
 
 from cidfs.errors import CidfsError, MountFailed, MountPointAbsent, MountPointBusy, NotPermitted
+from cidfs.local.leases import LeaseInfo
 from cidfs.local.state import StateFolder
 
 log = logging.getLogger(__name__)
@@ -111,11 +112,24 @@ def source_of(info: MountInfo) -> Path:
 
 def daemons_of(state: Path, mountpoint: Path) -> set[int]:
     """Return the processes that say in a state folder that they serve a mount point, and live."""
+    return {info.pid for info in _leases_of(state, mountpoint)}
+
+
+def daemon_of(state: Path, mountpoint: Path) -> int:
+    """Return the process behind what is mounted uppermost at a mount point now; 0 for none.
+
+    Others may be behind what was mounted there before and is still in use.
+    """
+    newest = max(_leases_of(state, mountpoint), key=lambda info: info.started, default=None)
+    return newest.pid if newest is not None else 0
+
+
+def _leases_of(state: Path, mountpoint: Path) -> list[LeaseInfo]:
     try:
         leases = StateFolder.open(state).leases()
     except CidfsError:
-        return set()
-    return {i.pid for _, i in leases if i.kind == "mount" and i.mountpoint == printable(mountpoint)}
+        return []
+    return [i for _, i in leases if i.kind == "mount" and i.mountpoint == printable(mountpoint)]
 
 
 def printable(path: Path) -> str:

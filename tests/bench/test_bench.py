@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -146,7 +147,8 @@ def test_a_command_that_hangs_is_ended_with_all_below_it(tmp_path: Path) -> None
 
 
 def test_a_command_s_cost_is_that_of_all_its_processes() -> None:
-    work = f"{sys.executable} -c 'import time; x = str(1) * (80 << 20); time.sleep(0.3); print(len(x))'"
+    text = "import time; x = str(1) * (80 << 20); time.sleep(0.3); print(len(x))"
+    work = shlex.join([sys.executable, "-c", text])
     usage = run(["sh", "-c", f"{work} & {work} & wait"], 30)
     assert usage.output.split() == [str(80 << 20)] * 2
     assert usage.peak > 150_000_000

@@ -200,7 +200,9 @@ def show(data: dict[str, Any], values: report.Values, names: Sequence[str]) -> s
         "Times better than (above 1: cidfs is better)",
         report.ratios(values, names),
         "",
-        "Wanted",
+        "Wanted"
+        if data["form"] == "full"
+        else "Wanted (of the full form: in small, what starting costs counts)",
         report.figures_text(report.figures(values)),
         "",
     ]

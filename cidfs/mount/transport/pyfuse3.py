@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 FOREVER: Final = 86400 * 365
 MAX_MISSES: Final = 8  # threads that load what is not in memory; far below max_tasks, so that hits go on
 MAX_TASKS: Final = 99
+GONE: Final = "fuse_reply_* failed with No such file or directory"
 KINDS: Final = ("lookup", "getattr", "readlink", "open", "read", "opendir", "readdir", "statfs")
 
 P = ParamSpec("P")
@@ -82,6 +83,11 @@ def _guarded(
     return wrap
 
 
+def _matters(entry: logging.LogRecord) -> bool:
+    """Whether what pyfuse3 logs is worth a line: not that a request had gone before it was answered."""
+    return GONE not in entry.getMessage()
+
+
 class Pyfuse3Transport(pyfuse3.Operations):
     """A StoreView as pyfuse3 wants it."""
 
@@ -89,6 +95,7 @@ class Pyfuse3Transport(pyfuse3.Operations):
 
     def __init__(self, view: StoreView) -> None:
         super().__init__()
+        logging.getLogger("pyfuse3").addFilter(_matters)  # an interrupted one, or one of a mount that ended
         self.view = view
         self.latencies = {kind: Latencies() for kind in KINDS}
         self.misses = trio.CapacityLimiter(MAX_MISSES)
