@@ -1,4 +1,4 @@
-"""The entry of the command line: `cidfs`, `python -m cidfs`. Loading it takes a while and may be interrupted."""
+"""The command line's entry, also of `python -m cidfs`. Loading it takes a while and may be interrupted."""
 
 from __future__ import annotations
 
