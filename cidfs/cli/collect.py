@@ -115,6 +115,9 @@ def _show(report: Report, verb: str) -> None:
         f" {dead} of {size_text(report.dead_bytes)};"
         f" {_count(report.paths, 'store path')} {'stays' if report.paths == 1 else 'stay'}"
     )
+    if report.held_bytes:
+        held = f"{size_text(report.held_bytes)} of {_count(report.held, 'removed path')}"
+        say(f"cidfs: {held} stay for mounts older than the removal; unmount these, then collect again")
     if report.waiting:
         waiting = f"{_count(report.waiting, 'pack')} of {size_text(report.waiting_bytes)}"
         say(f"cidfs: {waiting} may be needed by an add or import that runs; collect again when it has ended")

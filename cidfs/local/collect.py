@@ -139,12 +139,12 @@ class _Collection:
             with self._locked() as index:
                 if running & at_work(self._state.leases()):
                     self._report.waiting += 1
-                    self._report.waiting_bytes += here.size
+                    self._report.waiting_bytes += here.occupied
                     continue
                 if self._unlink(index, identity, here):
                     gone += 1
                     self._report.packs += 1
-                    self._report.pack_bytes += here.size
+                    self._report.pack_bytes += here.occupied
         return gone
 
     def _unlink(self, index: Index, identity: bytes, here: PackFile) -> bool:
@@ -223,7 +223,7 @@ class _Collection:
         running = bool(at_work(self._state.leases()))
         self._report.ranges = len(self._survey.unneeded)
         for identity in self._empty_packs():
-            size = self._survey.packs[identity].size
+            size = self._survey.packs[identity].occupied
             if running:
                 self._report.waiting += 1
                 self._report.waiting_bytes += size
@@ -233,7 +233,7 @@ class _Collection:
         live = self._survey.live_bytes()
         for identity in [] if running else self._sparse.find():
             self._report.sparse += 1
-            self._report.sparse_bytes += self._survey.packs[identity].size - live[identity]
+            self._report.sparse_bytes += max(0, self._survey.packs[identity].occupied - live[identity])
 
 
 def collect(

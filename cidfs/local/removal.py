@@ -74,6 +74,7 @@ def remove(
                 return store.publisher.remove(index, group, leaving, force=force)
 
         on_removed(store.with_room(act))
+    room.restore(store.state.root)  # what was given up of the ballast, for the collection
     absent = [p for p in dict.fromkeys(wanted) if p not in there]
     if absent:  # perhaps removed by one that died before it was durable: only then it counts as gone
         with store.transaction() as index:

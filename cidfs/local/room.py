@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 BALLAST: Final = 2 << 20
+LEAST: Final = 256 << 10  # less would be of no use
 NAME: Final = "ballast"
 LOW: Final = 8 << 20  # with less than this free, transactions are kept small
 
@@ -37,17 +38,17 @@ def release(root: Path) -> bool:
 
 
 def restore(root: Path) -> None:
-    """Set the ballast aside where there is none and there is room for it."""
+    """Set the ballast aside, or as much of it as half of the room that is left can take."""
     path = root / NAME
-    if path.exists():
-        return
     with contextlib.suppress(OSError):  # it is a precaution: without room for it, all else goes on
-        if free_bytes(root) < 2 * BALLAST:
+        there = path.stat().st_size if path.exists() else 0
+        size = there + min(BALLAST - there, free_bytes(root) // 2)
+        if size <= there or size < LEAST:
             return
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            os.posix_fallocate(fd, 0, BALLAST)
+            os.posix_fallocate(fd, 0, size)
         except OSError:
-            os.unlink(path)
+            os.ftruncate(fd, there)
         finally:
             os.close(fd)

@@ -21,7 +21,7 @@ from cidfs.local.leases import at_work
 from cidfs.local.packs import MANIFEST, PackWriter, bad_mark, distrust, pack_path
 from cidfs.local.rows import PackRow, Place
 from cidfs.local.store import LocalStore
-from cidfs.local.survey import PackFile, Report, Survey, digests_of
+from cidfs.local.survey import PackFile, Report, Survey, digests_of, pack_file
 
 ROWS_A_TRANSACTION: Final = 2000
 HOLE: Final = 4096  # a smaller one would free nothing
@@ -88,9 +88,9 @@ class SparsePacks:
                 copied = self._copy(identity, here, set(sparse))
             if copied and self._drop([identity]):
                 self._report.packs -= 1
-                self._report.pack_bytes -= here.size
+                self._report.pack_bytes -= here.occupied
                 self._report.sparse += 1
-                self._report.sparse_bytes += here.size - copied
+                self._report.sparse_bytes += max(0, here.occupied - copied)
 
     @contextlib.contextmanager
     def _held(self, here: PackFile) -> Iterator[int]:
@@ -189,10 +189,10 @@ class SparsePacks:
         for identity in writer.made:
             path = pack_path(self._state.root, writer.kind, identity)
             with contextlib.suppress(FileNotFoundError):
-                here = self._survey.packs[identity] = PackFile(writer.kind, path, path.stat().st_size)
+                here = self._survey.packs[identity] = pack_file(writer.kind, path)
                 if self._drop([identity]):
                     self._report.packs -= 1
-                    self._report.pack_bytes -= here.size
+                    self._report.pack_bytes -= here.occupied
 
 
 def _frames_end(here: PackFile) -> int:

@@ -35,6 +35,8 @@ class Report:
     pack_bytes: int = 0
     sparse: int = 0
     sparse_bytes: int = 0
+    held: int = 0
+    held_bytes: int = 0
     waiting: int = 0
     waiting_bytes: int = 0
     leftovers: int = 0
@@ -50,6 +52,13 @@ class PackFile:
     kind: int
     path: Path
     size: int
+    occupied: int  # less than its size where there are holes
+
+
+def pack_file(kind: int, path: Path) -> PackFile:
+    """Look at a pack; raise FileNotFoundError."""
+    info = path.stat()
+    return PackFile(kind, path, info.st_size, min(info.st_size, info.st_blocks * 512))
 
 
 class Survey:
@@ -74,7 +83,7 @@ class Survey:
         """Note which packs there are and how long they are: one that grows has a writer."""
         for identity, kind, path in all_packs(self._state.root):
             with contextlib.suppress(FileNotFoundError):
-                self.packs[identity] = PackFile(kind, path, path.stat().st_size)
+                self.packs[identity] = pack_file(kind, path)
 
     def note(self, index: Index) -> None:
         """Fix the moment of the survey: what is published by now."""
@@ -180,15 +189,19 @@ class Survey:
         done: set[bytes] = set()
         unneeded = set(self.unneeded)
         ranges = self._ranges()
-        for number, (base, row) in enumerate(ranges):
-            if base not in unneeded:  # also what was removed since: a mount may know that too
-                self._need(row, done, removed=base in self.needed)
-            if number % 100 == 0:
-                self._progress("marking", len(ranges) - number)
+        dead: list[int] = []
+        for removed in (False, True):  # what is published first: the rest is held for mounts alone
+            for number, (base, row) in enumerate(ranges):
+                # what was removed since the moment of the survey counts as published: a mount may know it too
+                if base not in unneeded and (base in self.needed) == removed:
+                    self._need(row, done, removed=removed)
+                if number % 100 == 0:
+                    self._progress("marking", len(ranges) - number)
+            dead.append(sum(marks.dead()[1] for marks in self.marks.values()))
         chunks, manifests = self.marks["chunks"], self.marks["manifests"]
-        self.report.dead_chunks, size = chunks.dead()
-        self.report.dead_manifests, more = manifests.dead()
-        self.report.dead_bytes = size + more
+        self.report.dead_chunks, self.report.dead_manifests = chunks.dead()[0], manifests.dead()[0]
+        self.report.dead_bytes = dead[1]
+        self.report.held, self.report.held_bytes = len(self.needed), dead[0] - dead[1]
         missing = len(chunks.missing) + len(manifests.missing)
         if missing:
             self.report.problems.append(

@@ -201,7 +201,9 @@ def test_a_mount_older_than_the_removal_keeps_what_it_knows(root: Path, again: b
     mount = state.take_lease("mount", 3)
     remove_in(root, "gone")
     later = state.take_lease("mount", 4)
-    collect_in(root)
+    report = collect_in(root)
+    assert report.held == 1
+    assert report.held_bytes > 9000
     if again:
         shutil.rmtree(root / "index")
         rebuild_in(root)
@@ -565,4 +567,8 @@ def test_the_ballast_goes_on_a_full_disk_and_comes_back(root: Path, monkeypatch:
     assert not (root / "ballast").exists()
     monkeypatch.undo()
     collect_in(root)
-    assert (root / "ballast").exists()
+    assert (root / "ballast").stat().st_size == room_of.BALLAST
+    (root / "ballast").unlink()
+    monkeypatch.setattr(room_of, "free_bytes", lambda folder: room_of.BALLAST)
+    room_of.restore(root)
+    assert (root / "ballast").stat().st_size == room_of.BALLAST // 2, "half of what is left"
