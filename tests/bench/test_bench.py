@@ -47,7 +47,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def mounts(tmp_path: Path) -> Iterator[None]:
     """Nothing of a test is mounted after it."""
     yield
-    assert str(tmp_path) not in Path("/proc/self/mountinfo").read_text()
+    assert str(tmp_path) not in Path("/proc/self/mountinfo").read_text(errors="surrogateescape")
 
 
 def bench(folder: Path, corpus: Path, *words: str) -> list[str | Path]:

@@ -171,14 +171,14 @@ def drop_caches(folders: Iterable[Path]) -> str:
 def is_mounted(point: Path) -> bool:
     """Whether something is mounted there; does not touch it, for a dead mount would hang."""
     wanted = str(point)
-    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    lines = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
     return any(line.split(" ", 5)[4] == wanted for line in lines)
 
 
 def file_system_of(path: Path) -> str:
     """Return type and options of the file system that a path lies on."""
     best, answer = "", "unknown"
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
         left, _, right = line.partition(" - ")
         point = left.split()[4]
         inside = str(path) == point or str(path).startswith(point.rstrip("/") + "/")
