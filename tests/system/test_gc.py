@@ -253,7 +253,6 @@ def test_a_removal_in_the_midst_of_a_checkpoint_stays_for_mounts(store: Store, m
         collecting = stopped(store, "gc", hook="\n".join(hooks))
         removing = stopped(store, "remove", names[0], hook=stop_before("publish.Publisher._say"))
         collecting.send_signal(signal.SIGCONT)
-        os.waitid(os.P_PID, collecting.pid, os.WCONTINUED)
         wait_until_stopped(collecting)
         go_on(store, removing)
         go_on(store, collecting)
