@@ -108,7 +108,12 @@ class Pyfuse3Transport(pyfuse3.Operations):
     async def serve(self) -> None:
         """Answer requests until the file system is unmounted or stop() is called."""
         polling.install()
-        await pyfuse3.main(max_tasks=MAX_TASKS)
+        try:
+            await pyfuse3.main(max_tasks=MAX_TASKS)
+        except* ConnectionAbortedError:
+            # After the end the kernel answers ENODEV, which libfuse knows; but ECONNABORTED to who was just
+            # taking a request then (the RELEASE of the last file, say). Libfuse writes a line about it.
+            log.info("unmounted while a request was being read")
 
     def stop(self) -> None:
         """Make serve() return soon."""
