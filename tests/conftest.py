@@ -17,9 +17,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep the option where helpers reach it."""
+    """Keep the option where helpers reach it; full sizes may take as long as they need."""
     Store.long = bool(config.getoption("--long"))
+    if Store.long:
+        config.option.timeout = 0
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

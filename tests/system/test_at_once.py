@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cidfs.local.packs import CACHE
 from cidfs.local.store import LocalStore
-from tests.commands import Store, environment
+from tests.commands import Store, environment, wait_until
 from tests.system.support import alive, describe, error_of, make_files, nar_of, noise
 
 SHARED = 3 << 20
@@ -46,7 +46,14 @@ def overlapping_tree(folder: Path, number: int) -> Path:
 
 def wait_until_stopped(process: subprocess.Popen[bytes]) -> None:
     """Wait until a child has stopped itself."""
-    seen = os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+    seen: os.waitid_result | None = None
+
+    def stopped() -> bool:
+        nonlocal seen
+        seen = os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT | os.WNOHANG)
+        return seen is not None
+
+    wait_until(stopped, 120)
     assert seen is not None
     assert seen.si_code == os.CLD_STOPPED, process.communicate()[1].decode()
 
