@@ -75,7 +75,8 @@ class Store:
         )
         if done.returncode != code:
             raise Failed(
-                f"{words}: exit code {done.returncode}, not {code}\n{done.stderr.decode(errors='replace')}"
+                f"{words}: exit code {done.returncode}, not {code}\n"
+                f"{done.stdout[-4000:].decode(errors='replace')}{done.stderr.decode(errors='replace')}"
             )
         return done
 

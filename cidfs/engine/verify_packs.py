@@ -31,7 +31,7 @@ def find_damage(store: LocalStore, ledger: Ledger, database: str, digest: bytes)
     error: CidfsError | None = None
     place: Place | None = None
     for _ in range(2):  # another index may count by now, and a collection may have moved it
-        store.refresh()
+        store.refresh(store.lock_timeout)
         place = store.place(database, digest)
         if place is None:
             continue

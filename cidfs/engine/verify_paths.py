@@ -51,11 +51,16 @@ class PathCheck:
         except _Wrong as e:
             found.wrong.append(str(e))
         if found.wrong or found.bad:
-            row = self._store.find_path(published.path)
-            if row is None or row.base != published.row.base:
+            if not self._is_there(published):
                 return True
             found.report(self._ledger)
         return not found.wrong and not found.bad
+
+    def _is_there(self, published: PublishedPath) -> bool:
+        """Whether a path is published still, and was not removed and published again."""
+        self._store.refresh(self._store.lock_timeout)
+        row = self._store.find_path(published.path)
+        return row is not None and row.base == published.row.base
 
     def _check(self, found: _Found) -> None:
         store, row = self._store, found.published.row
@@ -65,7 +70,7 @@ class PathCheck:
         try:
             manifest = store.read_manifest(record.manifest)
         except (ChunkMissing, ChunkInvalid):
-            found.add_manifest(self._find_damage("manifests", record.manifest))
+            found.add_manifest(self._find_damage(found, "manifests", record.manifest))
             return
         except CidfsError as e:
             raise _Wrong(str(e)) from None
@@ -106,7 +111,7 @@ class PathCheck:
                 if digest in known:
                     bad[digest] = known[digest]
                 elif place is None and digest not in bad:
-                    damaged = self._find_damage("chunks", digest)
+                    damaged = self._find_damage(found, "chunks", digest)
                     if damaged is not None:
                         bad[digest] = damaged
                 if digest in bad:
@@ -145,21 +150,23 @@ class PathCheck:
                 try:
                     self._decoded.read_chunk(digest)
                 except CidfsError:
-                    damaged = self._find_damage("chunks", digest)
+                    damaged = self._find_damage(found, "chunks", digest)
                     if damaged is not None:
                         bad[digest] = damaged
             if digest in bad:
                 rows[i] = digest
         found.add_chunks(manifest, bad, rows)
 
-    def _find_damage(self, database: str, digest: bytes) -> Bad | None:
-        found = find_damage(self._store, self._ledger, database, digest)
-        if found is None and self._store.place(database, digest) is None:
+    def _find_damage(self, found: _Found, database: str, digest: bytes) -> Bad | None:
+        damaged = find_damage(self._store, self._ledger, database, digest)
+        if damaged is None and self._store.place(database, digest) is None:
+            if not self._is_there(found.published):  # asked after the row: what is published has rows
+                raise _Wrong("removed while it was verified")
             with self._store.read() as txn:
                 where = str(txn.index.path)
             line = f"{where}: no row; run `cidfs rebuild`, which finds it if it is in a pack"
-            found = self._ledger.add_bad(database, digest, None, where, line)
-        return found
+            damaged = self._ledger.add_bad(database, digest, None, where, line)
+        return damaged
 
 
 class _Found:

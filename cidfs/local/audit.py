@@ -72,14 +72,14 @@ def journal_notes(store: LocalStore) -> list[Note]:
         said = _Said(store)
         try:
             if attempt < ATTEMPTS - 1:
-                with store.state.write_lock(store.lock_timeout):  # both at one moment: sizes and index
+                with store.transaction():  # both at one moment, of the index that counts then
                     cut = _sizes(folder)
                     serial = _next_serial(store)
                 said.read(folder, cut)
                 said.look_at_index(serial)
             else:
                 cut = {}
-            with store.state.write_lock(store.lock_timeout):
+            with store.transaction():
                 now = _sizes(folder)
                 if any(number not in now for number in cut):
                     continue  # a checkpoint took the journal's place

@@ -176,8 +176,10 @@ def place_notes(
             end = place.offset + HEADER_SIZE + place.stored
             if place.offset < len(HEADER) or end > sizes.get(place.pack, 0):
                 reason = _misplaced(store, place, end, sizes)
-                if reason and store.place(database, key) == place:  # else moved or dropped meanwhile
-                    on_misplaced(database, key, place, reason)
+                if reason:
+                    store.refresh(store.lock_timeout)
+                    if store.place(database, key) == place:  # else moved or dropped meanwhile
+                        on_misplaced(database, key, place, reason)
         return ()
 
     for database in PLACES:

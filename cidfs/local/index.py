@@ -108,6 +108,8 @@ def _allocate_lock_file(path: Path) -> None:
     with disk_errors(lock, "make"):
         try:
             fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except FileNotFoundError as e:  # its folder: a rebuild has switched just now
+            raise IndexLost(f"{path}: the index is gone; run `cidfs rebuild`") from e
         except OSError as e:
             if e.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
                 return  # LMDB says what it makes of that

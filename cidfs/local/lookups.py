@@ -50,7 +50,7 @@ class Lookups(ABC):
         """Return the index that counts now, as far as was looked within the last half second."""
 
     @abstractmethod
-    def refresh(self) -> bool:
+    def refresh(self, timeout: float = 0) -> bool:
         """Look whether another index counts now, and use it; say whether it did."""
 
     def read(self) -> AbstractContextManager[ReadTxn]:

@@ -148,26 +148,31 @@ class LocalStore(Lookups):
             self.refresh()
         return self._index
 
-    def refresh(self) -> bool:
+    def refresh(self, timeout: float = 0) -> bool:
         """Look whether another index counts now, and use it; say whether it did.
 
-        An index that is gone altogether leaves the old one in use: its file is still mapped here.
+        An index that is gone altogether leaves the old one in use: its file is still mapped here. So does a
+        store that was opened for writing and whose write lock is not had within timeout seconds.
         """
         with self._swap:
-            stamp = self.state.index_stamp()
-            if stamp == self._stamp or stamp is None:
+            if self.state.index_stamp() in (self._stamp, None):
                 return False
-            before = self._stamp
-            # opening for writing takes LMDB's lock: only under the write lock can nobody hold that for ever
-            lock = self.state.write_lock(0) if self._write else contextlib.nullcontext()
-            try:
-                with lock:
+        # opening for writing takes LMDB's lock: only under the write lock can nobody hold that for ever
+        lock = self.state.write_lock(timeout) if self._write else contextlib.nullcontext()
+        try:
+            with lock, self._swap:
+                before = self._stamp
+                if self.state.index_stamp() == before:
+                    return True  # another thread was quicker
+                try:
                     # the old environment closes with the last transaction that uses it
                     self._index = self._open_current()
-            except (IndexLost, LockTimeout):
-                self._stamp = before
-                return False
-            return True
+                except IndexLost:
+                    self._stamp = before
+                    return False
+        except LockTimeout:
+            return False
+        return True
 
     def journal(self) -> Journal:
         """Return the journal, for reading."""
