@@ -12,6 +12,8 @@ from cidfs.engine.findings import FINDINGS_SHOWN, Report
 from cidfs.engine.verify import FULL, Depth, Sample, verify
 from cidfs.formats import frames, journal, pack, record
 from cidfs.formats.digest import cid_text, digest_of
+from cidfs.formats.manifest import Manifest
+from cidfs.local.collect import collect
 from cidfs.local.index import WriteTxn
 from cidfs.local.journal import Journal
 from cidfs.local.packs import OWN, pack_path
@@ -241,6 +243,26 @@ async def test_the_first_bytes_of_a_pack_count(filled: Path) -> None:
 
 
 # --- the index
+
+
+async def test_a_path_that_goes_while_it_is_read_is_no_damage(
+    filled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its manifest is read, and then it and all its chunks are removed and collected."""
+    with LocalStore.open(filled, write=True) as store:
+        read = store.read_manifest
+        wanted = row_of(store, "c").manifest
+
+        def read_and_remove(digest: bytes) -> Manifest:
+            manifest = read(digest)
+            if digest == wanted and store.find_path(path_of("c")):
+                store.remove([path_of("c")])
+                assert collect(store).dead_chunks
+            return manifest
+
+        monkeypatch.setattr(store, "read_manifest", read_and_remove)
+        report = await verify(store, None, NoSteps())
+    assert not report.ledger.findings
 
 
 async def test_a_lost_chunk_row_is_named_with_its_path(filled: Path) -> None:

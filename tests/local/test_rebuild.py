@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from cidfs.formats import frames, journal, pack
 from cidfs.formats.digest import digest_of
 from cidfs.local import tables
 from cidfs.local.audit import journal_differences, lost_rows
+from cidfs.local.audit_rows import place_notes
+from cidfs.local.collect import collect
 from cidfs.local.journal import Journal, journal_files
 from cidfs.local.packs import MANIFEST, OWN, PackWriter
 from cidfs.local.rebuild import Report, rebuild
@@ -500,6 +503,33 @@ def test_a_lock_that_is_not_given(root: Path) -> None:
         with pytest.raises(LockTimeout, match=str(child.pid)):
             rebuild(StateFolder.open(root), lock_timeout=0.1)
     assert sorted(os.listdir(root / "index")) == ["1", "current"]
+
+
+@pytest.fixture
+def replaced(root: Path) -> Iterator[LocalStore]:
+    """Return a store that does not know yet that its index was rebuilt, and has changed since."""
+    publish_in(root, package("a", {"x": noise("x", 9000)}), package("b"))
+    with LocalStore.open(root) as store:
+        assert store.find_path(path_of("a"))
+        store._checked = math.inf  # else it may have looked just by chance
+        assert run(rebuild_it, root)[0] == 0
+        publish_in(root, package("c"))
+        with LocalStore.open(root, write=True) as other:
+            other.remove([path_of("a")])
+            collect(other)
+            assert other.find_path(path_of("a")) is None
+        yield store
+
+
+def test_the_journal_is_compared_with_the_index_that_counts(replaced: LocalStore) -> None:
+    assert journal_differences(replaced) == []
+    assert replaced.find_path(path_of("c"))
+
+
+def test_places_of_a_replaced_index_are_no_damage(replaced: LocalStore) -> None:
+    misplaced: list[object] = []
+    notes = list(place_notes(replaced, lambda *what: misplaced.append(what)))
+    assert (notes, misplaced) == ([], [])
 
 
 def test_it_does_not_pass_over_an_index_that_is_open_in_its_own_process(root: Path) -> None:
