@@ -120,6 +120,7 @@ class _Daemon:
         self._began = time.monotonic()
         self._removals = Removals(store)
         self._letting_go = trio.Lock()
+        self._to_forget: list[bytes] = []  # stays when who asked has gone in between
 
     async def run(self) -> None:
         async with trio.open_nursery() as nursery:
@@ -168,12 +169,13 @@ class _Daemon:
         """Let the kernel forget the names of what was removed, and packs go that were unlinked."""
         async with self._letting_go:  # who asks is answered when the kernel knows, whoever saw it first
             try:
-                removed = await trio.to_thread.run_sync(self._removals.new)
+                self._to_forget += await trio.to_thread.run_sync(self._removals.new)
             except CidfsError as e:
                 log.warning("%s", e)
                 return
-            if removed:
-                await self._transport.forget_names(removed)
+            if self._to_forget:
+                await self._transport.forget_names(self._to_forget)
+                self._to_forget = []
                 self._store.packs.forget_unlinked()
 
     async def _serve_control(self) -> None:

@@ -10,6 +10,7 @@ the system, after a traceback.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import faulthandler
 import os
@@ -72,6 +73,15 @@ def _set_action(handler: ctypes.c_void_p, *numbers: int) -> None:
 
 
 def _handle(number: int, info: int | None, _: int | None) -> None:
+    try:
+        _last_word(number, info)
+    finally:  # whatever went wrong there, this fault ends the process: else it would come again for ever
+        _set_action(ctypes.c_void_p(0), number)
+        signal.pthread_kill(threading.get_ident(), number)  # comes when the handler returns
+
+
+def _last_word(number: int, info: int | None) -> None:
+    """Say what is known of a fault; end the process where it is an index's."""
     code, address = (
         _CODE_AND_ADDRESS.unpack(ctypes.string_at(info, _CODE_AND_ADDRESS.size)) if info else (0, 0)
     )
@@ -83,12 +93,11 @@ def _handle(number: int, info: int | None, _: int | None) -> None:
         if say is not None:
             say(line)
         else:
-            os.write(2, f"cidfs: {line}\n".encode(errors="backslashreplace"))
+            with contextlib.suppress(OSError):  # nobody reads it
+                os.write(2, f"cidfs: {line}\n".encode(errors="backslashreplace"))
         os._exit(EXIT_CODES[IndexLost])
     os.write(2, f"cidfs: internal error: {name}\n".encode())
     faulthandler.dump_traceback(file=2)
-    _set_action(ctypes.c_void_p(0), number)
-    signal.pthread_kill(threading.get_ident(), number)  # comes when this handler returns
 
 
 def _mapped_index(address: int) -> tuple[str, bool]:

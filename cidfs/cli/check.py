@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cidfs.cli.common import GLOBALS, cid, published, refuse_foreign, store_path
-from cidfs.cli.output import result, say, steps_progress
+from cidfs.cli.output import count_text, result, say, steps_progress
 from cidfs.errors import Damaged, PathAbsent, SourceError, UsageError
 from cidfs.formats.digest import looks_like_cid
 from cidfs.local.state import StateFolder
@@ -72,7 +73,7 @@ def verify(
     if sources and not repair:
         raise UsageError("--from goes with --repair")
     for source in sources or ():
-        if "://" not in source and not Path(source).exists():
+        if "://" not in source and not os.path.lexists(source):
             raise SourceError(f"{source}: no such file or directory")
     depth = Depth(quick, _sample(sample, seed) if sample is not None else None)
     if depth.sample is not None:
@@ -121,16 +122,18 @@ def _show(store: LocalStore, report: Report, depth: Depth, *, whole: bool, as_js
     else:
         for line in report.problems:
             result(line)
-    read = _count(report.paths, "store path")
+    read = count_text(report.paths, "store path")
     if left:
         repaired = f", {report.repaired} more repaired" if report.repaired else ""
-        raise Damaged(f"{store.state.root}: {_count(left, 'problem')} found{repaired}; {read} verified")
+        raise Damaged(f"{store.state.root}: {count_text(left, 'problem')} found{repaired}; {read} verified")
     if whole and depth.full:
-        read = f"{_count(report.packs, 'pack')} with {_count(report.frames, 'frame')} and {read}"
+        read = f"{count_text(report.packs, 'pack')} with {count_text(report.frames, 'frame')} and {read}"
     elif whole:
-        chunks = f"{_count(report.chunks, 'chunk')} read" if depth.sample else "no chunk read"
+        chunks = f"{count_text(report.chunks, 'chunk')} read" if depth.sample else "no chunk read"
         read = f"{read} ({chunks})"
-    well = f"{_count(report.repaired, 'problem')} found and repaired" if report.repaired else "all is well"
+    well = (
+        f"{count_text(report.repaired, 'problem')} found and repaired" if report.repaired else "all is well"
+    )
     say(f"verified {read}: {well}")
 
 
@@ -147,10 +150,6 @@ def _as_json(report: Report, depth: Depth) -> dict[str, object]:
         "findings": [finding.as_json() for finding in report.findings],
         "more": {kind: count for kind, count in sorted(report.ledger.more.items()) if count},
     }
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _named(store: LocalStore, text: str) -> list[PublishedPath]:
@@ -193,7 +192,8 @@ def rebuild(
         f" in {report.packs} packs"
     )
     if report.lost_manifests:
+        lost = count_text(report.lost_manifests, "store path")
         raise Damaged(
-            f"{state.root}: {_count(report.lost_manifests, 'store path')} cannot be read without a manifest;"
+            f"{state.root}: {lost} cannot be read without a manifest;"
             " `cidfs verify --repair --from ORIGINAL` makes it anew"
         )

@@ -13,7 +13,7 @@ import typer
 
 from cidfs import control
 from cidfs.cli.common import GLOBALS, store_path
-from cidfs.cli.output import result, say, size_text, steps_progress
+from cidfs.cli.output import count_text, result, say, size_text, steps_progress
 from cidfs.errors import CidfsError, InUse, PathAbsent
 from cidfs.formats.store_path import StorePath
 from cidfs.local.store import LocalStore
@@ -109,19 +109,15 @@ def gc(
 def _show(report: Report, verb: str) -> None:
     freed = report.pack_bytes + report.sparse_bytes + report.leftover_bytes
     packs = report.packs + report.sparse
-    dead = _count(report.dead_chunks + report.dead_manifests, "dead frame")
+    dead = count_text(report.dead_chunks + report.dead_manifests, "dead frame")
     result(
-        f"{verb} {size_text(freed)}: {_count(packs, 'pack')}, {_count(report.leftovers, 'leftover')};"
+        f"{verb} {size_text(freed)}: {count_text(packs, 'pack')}, {count_text(report.leftovers, 'leftover')};"
         f" {dead} of {size_text(report.dead_bytes)};"
-        f" {_count(report.paths, 'store path')} {'stays' if report.paths == 1 else 'stay'}"
+        f" {count_text(report.paths, 'store path')} {'stays' if report.paths == 1 else 'stay'}"
     )
     if report.held_bytes:
-        held = f"{size_text(report.held_bytes)} of {_count(report.held, 'removed path')}"
+        held = f"{size_text(report.held_bytes)} of {count_text(report.held, 'removed path')}"
         say(f"cidfs: {held} stay for mounts older than the removal; unmount these, then collect again")
     if report.waiting:
-        waiting = f"{_count(report.waiting, 'pack')} of {size_text(report.waiting_bytes)}"
+        waiting = f"{count_text(report.waiting, 'pack')} of {size_text(report.waiting_bytes)}"
         say(f"cidfs: {waiting} may be needed by an add or import that runs; collect again when it has ended")
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"

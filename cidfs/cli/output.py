@@ -32,6 +32,11 @@ def raw(data: bytes | memoryview) -> None:
     sys.stdout.buffer.write(data)
 
 
+def count_text(number: int, noun: str) -> str:
+    """Return a number with its noun: `1 pack`, `1,204 packs`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def size_text(count: float) -> str:
     """Return a number of bytes in a form for people."""
     for unit in ("B", "KiB", "MiB", "GiB"):

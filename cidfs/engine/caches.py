@@ -14,7 +14,7 @@ from typing import Final
 import trio
 
 from cidfs.engine.ingest import first_error
-from cidfs.engine.sources import Batch, NarSource, Source, Tree
+from cidfs.engine.sources import Batch, NarSource, Tree
 from cidfs.engine.wanted import Wanted
 from cidfs.errors import CidfsError, FormatError, HashMismatch, NotTrusted, PathAbsent
 from cidfs.formats.content_address import (
@@ -77,11 +77,6 @@ class CacheSource:
         proof = ContentProof(self._ca) if self._ca is not None else None
         with self._upstream.nar(self._info, proof) as read:
             yield from NarSource(read, self.label).read(tree)
-
-
-def nar_source(upstream: Upstream, info: NarInfo) -> Source:
-    """Return the NAR of a path in a binary cache as a source; whoever reads it compares the NAR hash."""
-    return CacheSource(upstream, info)
 
 
 def content_address_of(info: NarInfo, store_dir: str) -> ContentAddress | None:

@@ -156,12 +156,15 @@ class Ledger:
     def add_from(self, other: Ledger) -> bool:
         """Take what another ledger has and this one lacks; say whether that was any damage."""
         new = False
+        taken: set[int] = set()  # one finding may be of many chunks
         for database, found in other.bad.items():
             for digest, bad in found.items():
                 if digest not in self.bad[database]:
                     new = True
                     self.bad[database][digest] = bad
-                    self._keep(bad.finding)
+                    if id(bad.finding) not in taken:
+                        taken.add(id(bad.finding))
+                        self._keep(bad.finding)
         known = {touch.line for touch in self.touches}
         for touch in other.touches:
             if touch.line not in known:

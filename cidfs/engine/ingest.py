@@ -28,6 +28,7 @@ from cidfs.formats.digest import digest_of, sha256_text
 from cidfs.formats.manifest import EXECUTABLE, FILE, Manifest
 from cidfs.formats.record import Record
 from cidfs.formats.store_path import fixed_output_ca, fixed_output_path
+from cidfs.local.leases import INGEST
 from cidfs.local.packs import CACHE, MANIFEST, OWN, PackWriter, SyncFailed
 from cidfs.local.publish import Candidate, Published
 from cidfs.local.rows import Place
@@ -214,7 +215,7 @@ class _Ingest:
 
     def _store_batch(self, slot: _Slot) -> None:
         """Append what is new, in order, and note the place of every chunk."""
-        unsure = [d for d, place, _, stored, _ in slot.encoded if place is None]
+        unsure = [d for d, place, *_ in slot.encoded if place is None]
         here = dict(zip(unsure, self._store.chunk_places(unsure), strict=True))
         new: list[tuple[bytes, int, bytes, int]] = []
         waiting: set[bytes] = set()
@@ -340,7 +341,7 @@ async def ingest(
     on_published is told each group once it is durable. Returns the outcomes in the order given. An error ends
     it: what was finished before it is published, nothing of what failed is.
     """
-    lease = await trio.to_thread.run_sync(store.lease, "ingest")
+    lease = await trio.to_thread.run_sync(store.lease, INGEST)
     work = _Ingest(store, progress or Progress(), on_published or (lambda outcomes: None), on_failed)
     try:
         await work.run(wanted)

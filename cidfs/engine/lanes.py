@@ -56,8 +56,12 @@ class Lanes(Generic[T]):
             nursery.start_soon(partial(trio.to_thread.run_sync, self._read, items, abandon_on_cancel=True))
             for _ in range(self._workers):
                 nursery.start_soon(trio.to_thread.run_sync, self._work_all)
-            await trio.to_thread.run_sync(self._write_all)
-            nursery.cancel_scope.cancel()
+            nursery.start_soon(self._write_to_the_end, nursery.cancel_scope)
+            # and wait here: Ctrl-C reaches a task that waits for a nursery, not one that waits for a thread
+
+    async def _write_to_the_end(self, everything: trio.CancelScope) -> None:
+        await trio.to_thread.run_sync(self._write_all)
+        everything.cancel()
 
     async def _stop_when_cancelled(self) -> None:
         try:

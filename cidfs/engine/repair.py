@@ -33,6 +33,7 @@ from cidfs.formats.manifest import EXECUTABLE, FILE
 from cidfs.formats.store_path import StorePath
 from cidfs.local import tables
 from cidfs.local.audit import frames_of
+from cidfs.local.leases import INGEST
 from cidfs.local.pack_scan import all_packs
 from cidfs.local.packs import MANIFEST, OWN, PackWriter, distrust, pack_path
 from cidfs.local.rows import PackRow, PathRow, Place
@@ -96,12 +97,16 @@ class _Mender:
                 self.mended.update(((database, item.bad.digest), item.how) for item in mine)
         self._waiting, self._bytes = [], 0
 
-    def forget(self, bad: Bad) -> None:
-        """Drop the row of something damaged that nothing needs."""
-        writer = self._writers[bad.database]
-        _replace_places(self._store, bad.database, [(bad.digest, bad.place, None)], writer)
-        del self.left[bad.database][bad.digest]
-        self.mended[bad.database, bad.digest] = "forgotten, for nothing needs it"
+    def forget(self, unneeded: Sequence[Bad]) -> None:
+        """Drop the rows of damaged chunks that nothing needs."""
+        for start in range(0, len(unneeded), COMMIT_FRAMES):
+            pause()
+            group = unneeded[start : start + COMMIT_FRAMES]
+            rows = [(bad.digest, bad.place, None) for bad in group]
+            _replace_places(self._store, "chunks", rows, self._writers["chunks"])
+            for bad in group:
+                del self.left["chunks"][bad.digest]
+                self.mended["chunks", bad.digest] = "forgotten, for nothing needs it"
 
     def close(self) -> None:
         """Let go of the packs."""
@@ -148,11 +153,16 @@ class Repair:
         self._mended: dict[tuple[str, bytes], str] = {}
         self.said: list[str] = []
 
+    def _say(self, error: CidfsError) -> None:
+        line = f"{error} (read for the repair)"
+        if line not in self.said:  # each round reads again
+            self.said.append(line)
+
     async def run(self, sources: Sequence[str], *, whole: bool, read_chunks: bool) -> None:
         """Repair what can be, and note in the report what was. whole: all paths were verified."""
         if not (self._ledger.bad["chunks"] or self._ledger.bad["manifests"] or self._ledger.bad_packs):
             return
-        lease = await alone(lambda: self._store.lease("ingest"))
+        lease = await alone(lambda: self._store.lease(INGEST))
         try:
             for _ in range(ROUNDS):
                 await alone(lambda: self._mend(sources, whole=whole))
@@ -175,11 +185,12 @@ class Repair:
             mender.commit()
             everything_read = whole and not mender.left["manifests"] and not self._ledger.more_bad
             if everything_read and not any(f.kind in ("path", "index") for f in self._ledger.findings):
-                for bad in list(mender.left["chunks"].values()):
-                    if not bad.needed and bad.place is not None:
-                        mender.forget(bad)
-                        if self._is_sealed(bad.place):  # its footer would bring the row back
-                            self._ledger.bad_packs.setdefault(bad.place.pack, bad.finding)
+                unneeded = [b for b in mender.left["chunks"].values() if not b.needed and b.place is not None]
+                mender.forget(unneeded)
+                for bad in unneeded:
+                    if bad.place is not None and self._is_sealed(bad.place):
+                        # its footer would bring the row back
+                        self._ledger.bad_packs.setdefault(bad.place.pack, bad.finding)
             self._move_out(mender)
             self._judge(mender, sources)
         finally:
@@ -202,16 +213,18 @@ class Repair:
                 break
             database = "manifests" if kind == MANIFEST else "chunks"
             left = mender.left[database]
-            try:
+            found: list[pack.Row] = []
+            with contextlib.suppress(CidfsError, OSError):  # one that is damaged or went has no more copies
                 for row in _rows_of(path):
-                    bad = left.get(row.digest)
-                    if bad is None or (row.kind == frames.KIND_MANIFEST) != (kind == MANIFEST):
-                        continue
-                    place = Place(identity, row.offset, row.stored, row.length, kind, row.encoding)
-                    if place != bad.place:
-                        self._from_copy(mender, bad, place, path)
-            except (CidfsError, OSError):
-                continue  # a pack that is damaged or went meanwhile holds no copy
+                    if row.digest in left:
+                        found.append(row)
+            for row in found:
+                bad = left.get(row.digest)
+                if bad is None or (row.kind == frames.KIND_MANIFEST) != (kind == MANIFEST):
+                    continue
+                place = Place(identity, row.offset, row.stored, row.length, kind, row.encoding)
+                if place != bad.place:
+                    self._from_copy(mender, bad, place, path)
 
     def _from_copy(self, mender: _Mender, bad: Bad, place: Place, path: Path) -> None:
         try:
@@ -231,13 +244,11 @@ class Repair:
     def _from_disk(self, mender: _Mender, source: Path) -> None:
         """Take what is missing from an original, or from the paths of a Nix store."""
         nix_store = Path(f"{source}{self._store.store_dir}")
-        tried = False
         self._steps.begin(f"reading {source}", len(self._ledger.touched))
         for path in sorted(self._ledger.touched, key=str):
             self._steps.step()
             for candidate in (nix_store / path.base_name, source / path.base_name, source / path.name):
                 if mender and os.path.lexists(candidate):
-                    tried = tried or candidate.parent != nix_store
                     self._from_tree(mender, DiskSource(str(candidate)), str(candidate))
                     break
         if mender and not nix_store.is_dir():
@@ -251,7 +262,7 @@ class Repair:
         try:
             upstream = trio.from_thread.run(open_upstream, url, self._store.store_dir)
         except CidfsError as e:
-            self.said.append(f"{e} (read for the repair)")
+            self._say(e)
             return
         for path in sorted(self._ledger.touched, key=str):
             self._steps.step()
@@ -264,7 +275,7 @@ class Repair:
                         label = upstream.nar_label(info)
                         self._from_tree(mender, NarSource(read, label), label)
             except (SourceError, FormatError, PathAbsent, HashMismatch) as e:
-                self.said.append(f"{e} (read for the repair)")
+                self._say(e)
 
     def _from_tree(self, mender: _Mender, source: Source, name: str) -> None:
         """Take chunks from a tree, and its manifest."""
@@ -283,7 +294,7 @@ class Repair:
             if digest in mender.left["manifests"]:
                 mender.put("manifests", manifest, digest, f"from {name}")
         except (SourceError, FormatError, HashMismatch) as e:
-            self.said.append(f"{e} (read for the repair)")
+            self._say(e)
 
     def _from_files(self, mender: _Mender, source: Path) -> None:
         """Take chunks from each file by itself, where something else stopped the reading of the tree."""
@@ -304,7 +315,9 @@ class Repair:
             return
         kept: set[bytes] = set()
         for database in ("manifests", "chunks"):
-            for digest, place in self._store.places(database):
+            for number, (digest, place) in enumerate(self._store.places(database)):
+                if number % 1000 == 0:
+                    pause()
                 finding = packs.get(place.pack)
                 if finding is None:
                     continue
@@ -331,6 +344,7 @@ class Repair:
         whole: dict[int, bool] = {}
         for database, found in self._ledger.bad.items():
             for digest, bad in found.items():
+                pause()
                 how = mender.mended.get((database, digest), "")
                 good = bool(how) and find_damage(self._store, Ledger(), database, digest) is None
                 whole[id(bad.finding)] = whole.get(id(bad.finding), True) and good

@@ -13,7 +13,7 @@ import heapq
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Final
+from typing import Final, TypeVar
 
 from blake3 import blake3
 
@@ -31,6 +31,8 @@ from cidfs.local.rows import Place
 from cidfs.local.store import LocalStore, PublishedPath
 
 BATCH: Final = 5000
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +91,13 @@ def _count(store: LocalStore, *databases: str) -> int:
         return sum(txn.entries(name) for name in databases)
 
 
+def _interruptible(items: Iterable[T]) -> Iterator[T]:
+    for number, item in enumerate(items):
+        if number % 1000 == 0:
+            pause()
+        yield item
+
+
 def _page_notes(store: LocalStore) -> Iterator[Note]:
     with store.read() as txn:  # as long as it is open, no page is written over
         found = pages.damage(txn.index.path, pinned=True)
@@ -119,7 +128,7 @@ class _Whole:
             await PackCheck(store, self._report).run(self._steps)
         elif sample is not None:
             self._steps.begin("chunks", sample.count or round(sample.share * _count(store, "chunks")))
-            chosen = sample.choose(store.places("chunks"))
+            chosen = sample.choose(_interruptible(store.places("chunks")))
             while batch := await alone(lambda: list(islice(chosen, BATCH))):
                 batch.sort(key=lambda item: (item[1].pack, item[1].offset))
                 self._report.chunks += await for_each(batch, self._read_one, self._steps)

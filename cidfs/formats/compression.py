@@ -179,7 +179,7 @@ class _Source:
 def _zstd(read: Read) -> Read:
     source = _Source(read)
     reader = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW).stream_reader(
-        source,  # type: ignore[arg-type]
+        source,  # type: ignore[arg-type]  # typed as a whole file; only read(n) is called
         read_size=PIECE,
         read_across_frames=True,
     )

@@ -7,7 +7,6 @@ being the algorithm. Rules as in Nix 2.34 (`libstore/content-address.cc`, `store
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,8 +14,8 @@ from typing import Final, Literal
 
 from cidfs.errors import FormatError
 from cidfs.formats import nar
-from cidfs.formats.digest import nix32_decode, nix32_encode
-from cidfs.formats.store_path import StorePath
+from cidfs.formats.digest import nix32_decode
+from cidfs.formats.store_path import StorePath, made_path
 
 _SIZES: Final = {"md5": 16, "sha1": 20, "sha256": 32, "sha512": 64}
 _PROVING: Final = ("sha256", "sha512")  # the older ones have collisions: anyone may have two contents of one
@@ -65,11 +64,11 @@ def path_of(ca: ContentAddress, name: str, references: Iterable[str], own: bool,
             raise FormatError("a text that refers to itself has no content address")
         kind = "text" if ca.method == "text" else "source"
         kind = ":".join([kind, *(f"{store_dir}/{other}" for other in others), *(["self"] if own else [])])
-        return _made(kind, ca.digest, name, store_dir)
+        return made_path(kind, ca.digest, name, store_dir)
     if others or own:
         raise FormatError("a path of this kind of content address has no references")
     inner = f"fixed:out:{_PREFIXES[ca.method]}{ca.algorithm}:{ca.digest.hex()}:"
-    return _made("output:out", hashlib.sha256(inner.encode()).digest(), name, store_dir)
+    return made_path("output:out", hashlib.sha256(inner.encode()).digest(), name, store_dir)
 
 
 class ContentProof:
@@ -111,15 +110,7 @@ class ContentProof:
         take = min(len(data), self._size - self._at)
         self._hash.update(data[:take])
         self._at += take
-        self._held += data[take : take + 64]  # the tail is shorter; a longer one is none
-
-
-def _made(kind: str, digest: bytes, name: str, store_dir: str) -> StorePath:
-    text = f"{kind}:sha256:{digest.hex()}:{store_dir}:{name}"
-    folded = bytearray(20)
-    for i, b in enumerate(hashlib.sha256(text.encode()).digest()):
-        folded[i % 20] ^= b
-    return StorePath(nix32_encode(bytes(folded)), name)
+        self._held = (self._held + data[take : take + 64])[:64]  # the tail is shorter; a longer one is none
 
 
 def _digest(text: str, algorithm: str, whole: str) -> bytes:
@@ -131,7 +122,7 @@ def _digest(text: str, algorithm: str, whole: str) -> bytes:
             digest = nix32_decode(text, size)
         else:
             digest = base64.b64decode(text, validate=True)
-    except (ValueError, binascii.Error, FormatError):
+    except (ValueError, FormatError):
         pass
     if len(digest) != size:
         raise FormatError(f"content address {whole[:120]!r} has no such hash")

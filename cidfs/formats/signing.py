@@ -7,7 +7,6 @@ and proves nothing by itself. As in Nix 2.34 (`libutil/signature/local-keys.cc`)
 from __future__ import annotations
 
 import base64
-import binascii
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -87,5 +86,5 @@ class PublicKeys:
 def _decoded(text: str) -> bytes | None:
     try:
         return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
+    except ValueError:
         return None

@@ -85,10 +85,14 @@ def fixed_output_path(nar_sha256: bytes, name: str, store_dir: str = DEFAULT_STO
 
     nar_sha256 is the SHA-256 of the content's NAR (32 bytes).
     """
-    text = f"source:sha256:{nar_sha256.hex()}:{store_dir}:{check_name(name)}"
-    whole = hashlib.sha256(text.encode()).digest()
+    return made_path("source", nar_sha256, check_name(name), store_dir)
+
+
+def made_path(kind: str, sha256: bytes, name: str, store_dir: str) -> StorePath:
+    """Return the path that Nix makes of what a path is (`source`, `output:out`, ...) and a SHA-256."""
+    text = f"{kind}:sha256:{sha256.hex()}:{store_dir}:{name}"
     folded = bytearray(20)
-    for i, b in enumerate(whole):
+    for i, b in enumerate(hashlib.sha256(text.encode()).digest()):
         folded[i % 20] ^= b
     return StorePath(nix32_encode(bytes(folded)), name)
 

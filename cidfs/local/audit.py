@@ -17,6 +17,7 @@ from typing import Final
 
 from cidfs.errors import FormatError
 from cidfs.formats import frames, journal, record
+from cidfs.formats.chunking import MAXIMUM
 from cidfs.formats.digest import checksum
 from cidfs.local import tables
 from cidfs.local.files import disk_errors, mapped
@@ -131,9 +132,16 @@ def frames_of(path: Path, start: int, end: int) -> Iterator[frames.Found | frame
         raise mapped(e, path, "open") from e
     try:
         at = bad = start
+        false = 0
         while at < end:
-            found = _frame_at(fd, at, end)
+            header = _header_at(fd, at)
+            long = header is not None and header.length > MAXIMUM
+            if header is None or at + header.size > end or (long and false > frames.MAX_FALSE):
+                at = _next_magic(fd, at + 1, end)
+                continue
+            found = _frame_at(fd, at, header)
             if found is None:
+                false += header.length if long else 0
                 at = _next_magic(fd, at + 1, end)
                 continue
             if bad < at:
@@ -149,14 +157,16 @@ def frames_of(path: Path, start: int, end: int) -> Iterator[frames.Found | frame
         os.close(fd)
 
 
-def _frame_at(fd: int, at: int, end: int) -> frames.Found | None:
+def _header_at(fd: int, at: int) -> frames.Header | None:
     try:
-        head = os.pread(fd, frames.HEADER_SIZE, at)
-        header = frames.read_header(head)
-        if at + header.size > end:
-            return None
-        data = os.pread(fd, header.stored, at + frames.HEADER_SIZE)
-        return frames.Found(at, header, frames.read_data(head + data, header))
+        return frames.read_header(os.pread(fd, frames.HEADER_SIZE, at))
+    except FormatError:
+        return None
+
+
+def _frame_at(fd: int, at: int, header: frames.Header) -> frames.Found | None:
+    try:
+        return frames.Found(at, header, frames.read_data(os.pread(fd, header.size, at), header))
     except FormatError:
         return None
 
@@ -174,7 +184,10 @@ def _next_magic(fd: int, at: int, end: int) -> int:
 
 
 class _Said:
-    """What the journal says, as far as the index does not say the same. A few bytes a serial."""
+    """What the journal says, as far as the index does not say the same.
+
+    A few bytes a serial, and some hundred for each path that was removed since the last checkpoint.
+    """
 
     def __init__(self, store: LocalStore) -> None:
         self._store = store

@@ -33,7 +33,6 @@ ROWS_WHEN_LOW: Final = 100
 RANGES_A_TRANSACTION: Final = 1000
 ATTEMPTS: Final = 3  # where a rebuild comes in between
 JOURNAL_WASTE: Final = 8  # a checkpoint is written when one entry in so many is of no use any more
-_DATABASES: Final = {"own": "chunks", "cache": "chunks", "manifest": "manifests"}
 
 
 class _Switched(Exception):
@@ -196,9 +195,8 @@ class _Collection:
             self._store.publisher.say_pending(index)
             with index.read() as txn:
                 now = {base for base, _ in tables.removed_ranges(txn)}
-                if now != bases or len(ranges) < 2 * len(
-                    bases
-                ):  # one half may have come to the journal since
+                # one half may have come to the journal since
+                if now != bases or len(ranges) < 2 * len(bases):
                     bases, ranges = self._removed_entries()
                 serials = [PathRow.unpack(raw).serial for _, raw in txn.rows("paths") if raw is not None]
                 if len(serials) != txn.number("count:paths"):

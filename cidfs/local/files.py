@@ -44,14 +44,11 @@ def allocate(fd: int, size: int) -> None:
     Not by posix_fallocate(3): where the file system cannot do it, that writes zeros, over what another
     process may just be writing. There, nothing is done.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
-    arguments = (ctypes.c_int(fd), ctypes.c_int(0), ctypes.c_int64(0), ctypes.c_int64(size))
-    while libc.fallocate64(*arguments) != 0:
-        code = ctypes.get_errno()
-        if code in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
-            return
-        if code != errno.EINTR:
-            raise OSError(code, os.strerror(code))
+    try:
+        _fallocate(fd, 0, 0, size)
+    except OSError as e:
+        if e.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            raise
 
 
 def sync_folder(path: Path) -> None:
@@ -69,10 +66,16 @@ def punch(fd: int, offset: int, size: int) -> None:
 
     Raise OSError as the system does.
     """
+    _fallocate(fd, _PUNCH_HOLE, offset, size)
+
+
+def _fallocate(fd: int, mode: int, offset: int, size: int) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
-    arguments = (ctypes.c_int(fd), ctypes.c_int(_PUNCH_HOLE), ctypes.c_int64(offset), ctypes.c_int64(size))
-    if libc.fallocate64(*arguments) != 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    arguments = (ctypes.c_int(fd), ctypes.c_int(mode), ctypes.c_int64(offset), ctypes.c_int64(size))
+    while libc.fallocate64(*arguments) != 0:
+        code = ctypes.get_errno()
+        if code != errno.EINTR:
+            raise OSError(code, os.strerror(code))
 
 
 def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:

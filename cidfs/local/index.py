@@ -75,14 +75,6 @@ def _not_opened(path: Path, error: lmdb.Error) -> CidfsError:
     return IndexLost(f"{path}: the index cannot be opened ({error}); run `cidfs rebuild`")
 
 
-def require_whole(path: Path) -> None:
-    """Raise IndexLost when anything is wrong with the pages of an index: all of them are looked at.
-
-    For who must not die of it: a read of a damaged page can kill the process.
-    """
-    pages.check(path, deep=True)
-
-
 _DAMAGE: Final = (
     lmdb.CorruptedError,
     lmdb.PageNotFoundError,
@@ -128,7 +120,6 @@ class Index:
     ) -> None:
         self.path = path
         self.number = number
-        self.writable = write
         self.damaged_rows = 0
         if not create:
             pages.check(path)

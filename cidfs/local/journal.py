@@ -17,6 +17,7 @@ from cidfs.errors import FormatError, StoreAbsent
 from cidfs.formats import frames, journal
 from cidfs.local.files import disk_errors, mapped, replace_durably, sync_folder, write_all
 
+ATTEMPTS: Final = 100
 TAIL: Final = 1 << 20  # so many bytes at the journal's end are read to see where it stands
 
 
@@ -31,7 +32,7 @@ def journal_files(folder: Path) -> list[int]:
         ) from None
     except OSError as e:
         raise mapped(e, folder, "list") from e
-    return sorted(int(n) for n in names if n.isdigit())
+    return sorted(int(n) for n in names if n.isascii() and n.isdigit() and str(int(n)) == n)
 
 
 @dataclass
@@ -42,7 +43,6 @@ class Replay:
     next_serial: int = 1
     next_base: int = 0
     missing: list[int] = field(default_factory=list)
-    last_file: int = 0
     damage: list[str] = field(default_factory=list)
 
 
@@ -90,7 +90,6 @@ class Journal:
         result = Replay()
         found: list[tuple[int, journal.Transaction]] = []
         for number, path, raw in self._contents():
-            result.last_file = number
             for item in frames.scan(raw):
                 if isinstance(item, frames.Gap):
                     result.damage.append(
@@ -155,13 +154,16 @@ class Journal:
     def _contents(self) -> Iterator[tuple[int, Path, bytes]]:
         """Yield number, path and bytes of all files, as they were together at one moment."""
         with contextlib.ExitStack() as stack:
-            while True:
+            for attempt in range(ATTEMPTS):
                 opened: list[tuple[int, Path, BinaryIO]] = []
                 try:
                     for number in journal_files(self._folder):
                         path = self._folder / str(number)
                         opened.append((number, path, stack.enter_context(open(path, "rb"))))
-                except FileNotFoundError:
+                except FileNotFoundError as e:
+                    stack.close()
+                    if attempt == ATTEMPTS - 1:
+                        raise mapped(e, path, "read") from e
                     continue  # a checkpoint has just taken its place
                 except OSError as e:
                     raise mapped(e, path, "read") from e
@@ -175,20 +177,30 @@ class Journal:
         for number in reversed(journal_files(self._folder)):
             path = self._folder / str(number)
             with disk_errors(path, "read"), open(path, "rb") as file:
-                ends = [file.read(TAIL)]  # a checkpoint's first frame says where it stands
+                last = _last_in(file.read(TAIL))  # a checkpoint's first frame says where it stands
                 size = file.seek(0, os.SEEK_END)
-                if size > TAIL:
-                    file.seek(max(TAIL, size - TAIL))
-                    ends.append(file.read())
-            last = 0
-            for item in (item for raw in ends for item in frames.scan(raw)):
-                if isinstance(item, frames.Found) and item.header.kind == frames.KIND_JOURNAL:
-                    for entry in journal.decode(item.data).entries:
-                        beyond = isinstance(entry, journal.Checkpoint)  # its serial is the next one's
-                        last = max(last, entry.serial - beyond)
-            if last:
-                return last
+                tail, at_end = TAIL, 0
+                while tail < size and not at_end:  # a frame may be longer than a tail
+                    file.seek(size - tail)
+                    at_end = _last_in(file.read())
+                    tail *= 4
+                if tail >= size and not at_end:
+                    file.seek(0)
+                    at_end = _last_in(file.read())
+            if last or at_end:
+                return max(last, at_end)
         return 0
+
+
+def _last_in(raw: bytes) -> int:
+    """Return the highest serial that a part of a journal file tells of; 0 where it has no whole frame."""
+    last = 0
+    for item in frames.scan(raw):
+        if isinstance(item, frames.Found) and item.header.kind == frames.KIND_JOURNAL:
+            for entry in journal.decode(item.data).entries:
+                beyond = isinstance(entry, journal.Checkpoint)  # its serial is the next one's
+                last = max(last, entry.serial - beyond)
+    return last
 
 
 def _checkpoint_frames(head: journal.Checkpoint, entries: Iterable[journal.Entry]) -> Iterator[bytes]:

@@ -108,9 +108,8 @@ class Lookups(ABC):
             try:
                 return self.packs.read(digest, place)
             except (ChunkMissing, ChunkInvalid):
-                self.packs.forget(
-                    place.pack
-                )  # perhaps moved by a collection: a fresh look before it counts as damage
+                # perhaps moved by a collection: a fresh look before it counts as damage
+                self.packs.forget(place.pack)
         self.refresh()
         place = self.place(database, digest)
         if place is None:

@@ -14,7 +14,7 @@ from typing import TypeVar
 from cidfs.errors import CidfsError, IndexLost
 from cidfs.formats import journal
 from cidfs.local import pages, tables
-from cidfs.local.index import Index, ReadTxn, require_whole
+from cidfs.local.index import Index, ReadTxn
 from cidfs.local.rows import RemovedRow, number_key, unpack_number
 from cidfs.local.state import StateFolder
 
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class OldIndex:
-    """An index in use; whole says whether LMDB could read it."""
+    """What an index in use says; without an Index, what could be salvaged of it."""
 
     def __init__(self, index: Index | None, pending: list[bytes], next_serial: int, next_base: int) -> None:
         self._index = index
@@ -61,7 +61,7 @@ def old_index(state: StateFolder) -> Iterator[OldIndex]:
         yield OldIndex(None, [], 0, 0)
         return
     try:
-        require_whole(folder)
+        pages.check(folder, deep=True)
         index = Index(folder, number, write=False)
     except IndexLost:
         pending: dict[bytes, bytes] = {}

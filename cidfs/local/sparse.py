@@ -15,7 +15,7 @@ from typing import Final
 from cidfs.errors import CidfsError, DiskFailed
 from cidfs.formats import frames, pack
 from cidfs.local import room
-from cidfs.local.files import disk_errors, leads_to, punch, try_flock
+from cidfs.local.files import disk_errors, leads_to, mapped, punch, try_flock
 from cidfs.local.index import Index, ReadTxn
 from cidfs.local.leases import at_work
 from cidfs.local.packs import MANIFEST, PackWriter, bad_mark, distrust, pack_path
@@ -100,6 +100,8 @@ class SparsePacks:
         except FileNotFoundError:
             yield -1
             return
+        except OSError as e:
+            raise mapped(e, here.path, "open") from e
         try:
             ours = try_flock(fd) and leads_to(here.path, fd) and os.fstat(fd).st_size == here.size
             yield fd if ours else -1
@@ -128,8 +130,8 @@ class SparsePacks:
                     if place is not None:
                         start = end + frames.HEADER_SIZE + place.stored
                 os.fdatasync(fd)
-            except OSError as e:  # a file system that cannot do it
-                self._report.problems.append(f"{here.path}: no room to copy what is needed ({e.strerror})")
+            except (OSError, DiskFailed) as e:  # a file system that cannot do it, say
+                self._report.problems.append(f"{here.path}: no room to copy what is needed ({e})")
                 return
             self._report.sparse += 1
             self._report.sparse_bytes += max(0, before - os.fstat(fd).st_blocks) * 512

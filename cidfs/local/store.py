@@ -211,8 +211,8 @@ class LocalStore(Lookups):
         """Hold the write lock, with the index that counts now and a schema that we know."""
         with self.state.write_lock(self.lock_timeout if timeout is None else timeout):
             StateFolder.open(self.state.root)  # a long ingest may span an upgrade
-            if self.state.index_stamp() != self._stamp:
-                with self._swap:
+            with self._swap:
+                if self.state.index_stamp() != self._stamp:
                     self._index = self._open_current()
             if self._index.number not in self._folder_known:
                 sync_folder(self.state.root / "index")  # whoever switched it may have died before doing so

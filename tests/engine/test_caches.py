@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cidfs.engine.caches import AT_ONCE, Trust, gather, gather_all, nar_source
+from cidfs.engine.caches import AT_ONCE, CacheSource, Trust, gather, gather_all
 from cidfs.engine.ingest import ingest
 from cidfs.engine.sources import NarSource, Tree
 from cidfs.engine.wanted import Wanted
@@ -461,7 +461,7 @@ async def test_a_source_for_those_who_know_what_they_want(cache: Cache) -> None:
     info = await upstream.info(a.path)
     assert info is not None
     read, straight = Tree(), Tree()
-    got = [bytes(chunk) for batch in nar_source(upstream, info).read(read) for chunk in batch]
+    got = [bytes(chunk) for batch in CacheSource(upstream, info).read(read) for chunk in batch]
     same = NarSource(Pieces(NAR, 1 << 20), "x").read(straight)
     assert got == [bytes(chunk) for batch in same for chunk in batch]
     assert read.nar_hash == straight.nar_hash == info.nar_hash

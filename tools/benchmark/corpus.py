@@ -123,7 +123,7 @@ class Corpus:
         found: list[Release] = []
         have = 0
         for package, version in self._wanted(packages):
-            name = f"{_name_of(package, version)}"
+            name = _name_of(package, version)
             path = self._folder / "releases" / name
             try:
                 self._have(package, version, path)

@@ -11,6 +11,7 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -110,7 +111,7 @@ class Measures:
             turned = self.peers[turn % len(self.peers) :] + self.peers[: turn % len(self.peers)]
             for peer in turned:
                 if turn == 0 or peer.repeat:
-                    self._try(peer, "ingest", lambda peer=peer: self._ingest(peer, total))  # type: ignore[misc]
+                    self._try(peer, "ingest", partial(self._ingest, peer, total))
         gone = {peer.name for peer in self.peers if f"{peer.name}: ingest" in self.results.failures}
         self.peers = [peer for peer in self.peers if peer.name not in gone]
         for peer in self.peers:

@@ -12,7 +12,6 @@ for work. What never reaches Python's stacks, such as the kernel's own threads, 
 from __future__ import annotations
 
 import atexit
-import os
 import signal
 import sys
 import threading
@@ -143,7 +142,6 @@ def main() -> None:
 
     atexit.register(write)
     sys.argv = ["cidfs", *words]
-    os.environ.pop("PYTHONSTARTUP", None)
     sampler.start()
     run()
 

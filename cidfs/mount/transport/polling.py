@@ -55,8 +55,8 @@ class _LowLevel:
         self._poll: select.poll | None = None
         self._fd = -1
         self._turns = 0
-        self._trust = MOST_TRUST // 2 if (os.cpu_count() or 1) > 1 else 0
         self._may_poll = (os.cpu_count() or 1) > 1
+        self._trust = MOST_TRUST // 2 if self._may_poll else 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(trio.lowlevel, name)
@@ -98,4 +98,4 @@ class _Trio:
 
 def install() -> None:
     """Make pyfuse3's loop wait so."""
-    pyfuse3.trio = _Trio()  # type: ignore[attr-defined]
+    pyfuse3.trio = _Trio()  # type: ignore[attr-defined]  # the module's own import, which no stub names
