@@ -13,11 +13,12 @@ from cidfs.engine.repair import Repair
 from cidfs.engine.sources import DiskSource
 from cidfs.engine.verify import FULL, Depth, verify
 from cidfs.engine.wanted import Wanted
+from cidfs.errors import DiskFailed
 from cidfs.formats import pack
 from cidfs.formats.chunking import encode
 from cidfs.formats.digest import digest_of
 from cidfs.local.collect import collect
-from cidfs.local.packs import OWN, pack_path
+from cidfs.local.packs import OWN, PackWriter, pack_path
 from cidfs.local.rebuild import rebuild
 from cidfs.local.state import StateFolder
 from cidfs.local.store import LocalStore, PublishedPath
@@ -78,6 +79,40 @@ async def test_nothing_is_touched_where_nothing_is_wrong(root: Path, room: Path)
     assert before == {path: path.read_bytes() for path in (root / "packs").rglob("*") if path.is_file()}
 
 
+async def test_a_full_disk_ends_a_repair_and_is_no_missing_copy(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = noise("twice", 5000)
+    publish_in(root, package("a", {"x": data}))
+    store_twice(root, data)
+    damage(root, "chunks", digest_of(data))
+    before = (await found(root)).problems
+
+    def full(*_: object) -> None:
+        raise DiskFailed("packs: cannot write: the disk is full")
+
+    monkeypatch.setattr(PackWriter, "append", full)
+    with pytest.raises(DiskFailed, match="full"):
+        await mend(root)
+    monkeypatch.undo()
+    assert (await found(root)).problems == before
+    report, _ = await mend(root)
+    assert report.left == 0
+
+
+async def test_a_pack_that_is_gone_is_one_finding_of_one_path_too(root: Path, room: Path) -> None:
+    """Its manifest hides that; what shows when that is back counts once."""
+    tree = make(room / "tree", TREE)
+    [published] = await add(root, tree)
+    digests = chunks_in(root, published, b"large")
+    assert len(digests) > 3
+    os.unlink(place_path(root, digests[0]))
+    damage(root, "manifests", published.row.manifest)
+    report, _ = await mend(root, tree, only=published)
+    assert report.left == 0
+    assert report.repaired == len(report.findings) == 2
+
+
 # --- from what is here
 
 
@@ -89,13 +124,7 @@ async def test_another_copy_in_another_pack_is_taken(
     publish_in(root, package("a", {"x": data}))
     if sealed:
         monkeypatch.setattr(pack, "ROLL_SIZE", 4000)
-    with LocalStore.open(root, write=True) as store:  # as two adds at once store it twice
-        writer = store.pack_writer(OWN)
-        writer._candidates.clear()
-        writer.append(digest_of(data), *encode(data), len(data))
-        writer.sync()
-        store.put_places("chunks", [], writer)
-        writer.close()
+    store_twice(root, data)
     damage(root, "chunks", digest_of(data))
     [other] = [path for path in pack_files(root, "own") if path != place_path(root, digest_of(data))]
     report, _ = await mend(root)
@@ -104,6 +133,17 @@ async def test_another_copy_in_another_pack_is_taken(
     assert f"; repaired: from another copy, in {other}" in report.problems[0]
     assert report.problems[1].endswith("; repaired")
     await assert_well(root)
+
+
+def store_twice(root: Path, data: bytes) -> None:
+    """Append a chunk that is there once more to another pack, as two adds at once do."""
+    with LocalStore.open(root, write=True) as store:
+        writer = store.pack_writer(OWN)
+        writer._candidates.clear()
+        writer.append(digest_of(data), *encode(data), len(data))
+        writer.sync()
+        store.put_places("chunks", [], writer)
+        writer.close()
 
 
 def place_path(root: Path, digest: bytes) -> Path:

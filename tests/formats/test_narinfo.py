@@ -388,6 +388,17 @@ def holds(ca: str, data: bytes, step: int) -> bool:
     return proof.holds()
 
 
+def test_what_stands_behind_a_file_is_not_kept() -> None:
+    """However small the pieces are that it comes in."""
+    ca = f"fixed:sha256:{hashlib.sha256(b'x').hexdigest()}"
+    proof = ContentProof(parse_content_address(ca))
+    proof.update(file_nar(b"x"))
+    for _ in range(100):
+        proof.update(b"y" * 64)
+    assert len(proof._held) <= 64
+    assert not proof.holds()
+
+
 @pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 1000])
 @pytest.mark.parametrize("step", [1, 7, 96, 10_000])
 def test_contents_are_held_against_their_content_address(size: int, step: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -230,3 +231,28 @@ def test_a_checkpoint_that_cannot_be_written_changes_nothing(
             Journal(folder).write_checkpoint([publication(1)], 2, 0)
     assert os.listdir(folder) == ["1"]
     assert sorted(replay(folder).entries) == [1]
+
+
+# --- what may lie there
+
+
+@pytest.mark.parametrize("name", ["²", "01", "7"])
+def test_what_is_no_journal_file_stops_nobody_for_ever(folder: Path, name: str) -> None:
+    Journal(folder).append([frame(1)])
+    if name == "7":  # leads nowhere
+        (folder / name).symlink_to(folder / "nowhere")
+        with pytest.raises(DiskFailed, match="/7"):
+            replay(folder)
+    else:
+        (folder / name).touch()
+        assert journal_files(folder) == [1]
+        assert list(replay(folder).entries) == [1]
+
+
+@pytest.mark.parametrize("after", [b"", b"torn" * 1000])
+def test_the_end_is_found_behind_a_frame_longer_than_what_is_read(folder: Path, after: bytes) -> None:
+    Journal(folder).append([frame(1, 2, 3)])
+    assert Journal(folder).last_serial() == 3
+    filler = random.Random(1).randbytes(3 << 20)
+    Journal(folder).append([journal.encode([publication(10, filler)]) + after])
+    assert Journal(folder).last_serial() == replay(folder).next_serial - 1 == 10

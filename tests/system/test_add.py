@@ -6,12 +6,14 @@ import hashlib
 import os
 import signal
 import socket
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from cidfs.formats import nar
 from cidfs.local.store import LocalStore
-from tests.commands import Store
+from tests.commands import Store, wait_until
 from tests.system.person import Person
 from tests.system.support import describe, make_files, nar_hash, noise
 from tests.system.test_at_once import assert_sound, wait_until_stopped
@@ -211,6 +213,20 @@ PackWriter.append_many = stopping
     assert published(store) == []
     assert len(store.add(tree)) == 1
     assert_sound(store)
+
+
+def test_a_nar_that_does_not_come_can_be_interrupted(store: Store, tmp_path: Path) -> None:
+    """Standard input stays open, with nothing or little in it: Ctrl-C ends the command, and not its end."""
+    store.add(make_files(tmp_path / "other", {b"x": b"x"}))
+    waiting = store.start("import", "-", "--name", "x", stdin=subprocess.PIPE)
+    assert waiting.stdin is not None
+    waiting.stdin.write(nar.HEADER[:20])
+    wait_until(lambda: any((store.state / "run").glob("ingest-*.lease")))
+    waiting.send_signal(signal.SIGINT)
+    assert waiting.wait(20) == 130
+    _, errors = store.finish(waiting, code=130)
+    assert len(errors) == 1, errors
+    assert "interrupted" in errors[0]
 
 
 def test_a_tree_deeper_than_a_path_can_be_long_is_refused_or_whole(store: Store) -> None:

@@ -302,6 +302,31 @@ def test_a_foreground_mount_ends_with_a_line_and_a_code(store: Store, mountpoint
     store.umount(mountpoint)
 
 
+@pytest.mark.parametrize("hindrance", ["descriptors", "nobody reads"])
+def test_a_fault_that_cannot_be_explained_ends_the_process_all_the_same(store: Store, hindrance: str) -> None:
+    """The handler needs a descriptor to see what is mapped, and somebody to say it to."""
+    filled(store, 30)
+    process = store.start("verify", hook=CUT_SHORT.format(hindrance=hindrance))
+    assert process.stderr is not None
+    if hindrance == "nobody reads":
+        process.stderr.close()
+    code = process.wait(60)
+    assert code == (LOST if hindrance == "nobody reads" else -signal.SIGBUS)
+
+
+CUT_SHORT = """
+import os, resource
+from cidfs.local.store import LocalStore
+publications = LocalStore.publications
+def hindered(self, start):
+    os.truncate(self._index.path / "data.mdb", 8192)
+    if {hindrance!r} == "descriptors":
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
+    return publications(self, start)
+LocalStore.publications = hindered
+"""
+
+
 def test_pages_overwritten_under_a_daemon_never_give_wrong_bytes(store: Store, mountpoint: Path) -> None:
     store.log_expected = True
     trees, names = filled(store, 40)
