@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -56,6 +56,19 @@ class Store:
         """Return a command's words."""
         return [sys.executable, "-m", "cidfs", "--state", str(self.state), *map(str, words)]
 
+    def execute(
+        self, words: Sequence[str | Path], stdin: bytes, env: dict[str, str] | None, timeout: float
+    ) -> subprocess.CompletedProcess[bytes]:
+        """Run a command to its end."""
+        return subprocess.run(
+            self.command(*words),
+            input=stdin,
+            capture_output=True,
+            timeout=timeout,
+            env=environment(env),
+            check=False,
+        )
+
     def run(
         self,
         *words: str | Path,
@@ -65,14 +78,7 @@ class Store:
         timeout: float = TIMEOUT,
     ) -> subprocess.CompletedProcess[bytes]:
         """Run a command to its end; its exit code must be as said."""
-        done = subprocess.run(
-            self.command(*words),
-            input=stdin if stdin is not None else b"",
-            capture_output=True,
-            timeout=timeout,
-            env=environment(env),
-            check=False,
-        )
+        done = self.execute(words, stdin or b"", env, timeout)
         if done.returncode != code:
             raise Failed(
                 f"{words}: exit code {done.returncode}, not {code}\n"

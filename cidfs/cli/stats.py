@@ -89,7 +89,7 @@ def collect(store: LocalStore) -> Stats:
     return Stats(
         schema=SCHEMA,
         store=StoreStats(
-            state=str(store.state.root),
+            state=os.fsencode(store.state.root).decode(errors="backslashreplace"),
             store_dir=store.store_dir,
             paths=t.paths,
             nodes=t.nodes,

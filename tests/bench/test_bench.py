@@ -186,12 +186,16 @@ def test_a_run_in_small(corpus: Path, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("mounts")
 def test_a_run_that_is_stopped_leaves_nothing(corpus: Path, tmp_path: Path) -> None:
-    with subprocess.Popen(
-        bench(tmp_path, corpus, "--peer", "ext4", "--only", "read"),
-        env={**os.environ, "PYTHONPATH": f"{TOOLS}:{os.environ.get('PYTHONPATH', '')}"},
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
+    with (
+        subprocess.Popen(
+            bench(tmp_path, corpus, "--peer", "ext4", "--only", "read"),
+            env={**os.environ, "PYTHONPATH": f"{TOOLS}:{os.environ.get('PYTHONPATH', '')}"},
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process,
+        contextlib.ExitStack() as at_last,
+    ):
+        at_last.callback(process.kill)  # leaving the block waits for it without a deadline
         assert process.stderr is not None
         for line in process.stderr:
             if "walk cidfs" in line:

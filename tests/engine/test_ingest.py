@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from cidfs.engine.ingest import first_error, ingest
 from cidfs.engine.progress import Progress
-from cidfs.engine.sources import DiskSource, NarSource
+from cidfs.engine.sources import Batch, DiskSource, NarSource, Tree
 from cidfs.engine.verify import verify
 from cidfs.engine.wanted import Wanted
 from cidfs.errors import CidfsError, FormatError, HashMismatch, LockTimeout, SourceError
@@ -152,22 +153,24 @@ class Unread:
 
     label = "unread"
 
-    def read(self, tree: object) -> object:
+    def read(self, tree: Tree) -> Iterator[Batch]:
         """Fail."""
         raise AssertionError("was read")
 
 
 async def test_what_is_here_already_is_not_read(root: Path) -> None:
     data = nar_of(b"contents")
-    known = {"path": path_of("x"), "expected_hash": sha256(data), "references": (path_of("r").base_name,)}
+    known = Wanted(
+        Unread(), path=path_of("x"), expected_hash=sha256(data), references=(path_of("r").base_name,)
+    )
     with LocalStore.open(root, write=True) as store:
-        await ingest(store, [Wanted(NarSource(Pieces(data, 9), "x"), **known)])  # type: ignore[arg-type]
+        await ingest(store, [replace(known, source=NarSource(Pieces(data, 9), "x"))])
         row = store.find_path(path_of("x"))
         [a, b] = await ingest(
             store,
             [
-                Wanted(Unread(), **known),  # type: ignore[arg-type]
-                Wanted(Unread(), signatures=("k:1",), deriver=path_of("d.drv").base_name, **known),  # type: ignore[arg-type]
+                known,
+                replace(known, signatures=("k:1",), deriver=path_of("d.drv").base_name),
             ],
         )
         assert [(o.new, o.amended) for o in (a, b)] == [(False, False), (False, True)]
@@ -176,9 +179,8 @@ async def test_what_is_here_already_is_not_read(root: Path) -> None:
         assert record is not None
         assert (record.signatures, record.deriver) == (("k:1",), path_of("d.drv").base_name)
         assert record.references == (path_of("r").base_name,)
-        other = known | {"references": ()}
         with pytest.raises(AssertionError, match="was read"):
-            await ingest(store, [Wanted(Unread(), **other)])  # type: ignore[arg-type]
+            await ingest(store, [replace(known, references=())])
 
 
 async def test_others_are_told_as_it_goes(root: Path) -> None:

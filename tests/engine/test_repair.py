@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from cidfs.engine.findings import Report
 from cidfs.engine.ingest import ingest
 from cidfs.engine.repair import Repair
-from cidfs.engine.sources import DiskSource
+from cidfs.engine.sources import Batch, DiskSource, Tree
 from cidfs.engine.verify import FULL, Depth, verify
 from cidfs.engine.wanted import Wanted
 from cidfs.errors import DiskFailed
@@ -360,8 +361,8 @@ async def test_a_repair_that_fails_half_way_is_run_again(
     before = (await found(root)).problems
     read = DiskSource.read
 
-    def failing(self: DiskSource, tree: object) -> object:
-        for number, batch in enumerate(read(self, tree)):  # type: ignore[arg-type]
+    def failing(self: DiskSource, tree: Tree) -> Iterator[Batch]:
+        for number, batch in enumerate(read(self, tree)):
             if number == 1:
                 raise KeyboardInterrupt
             yield batch

@@ -17,7 +17,7 @@ from cidfs.formats.nar import MAX_FILE
 from cidfs.formats.record import MAX_SIGNATURES, Record, body, decode, decode_known, encode
 from cidfs.formats.store_path import StorePath
 from tests.formats.make_vectors import FULL_RECORD, SMALL_RECORD
-from tests.formats.model import manifest_of, trees
+from tests.formats.model import Tree, manifest_of, trees
 from tests.formats.support import by_reason, examples, flipped
 from tests.formats.test_store_path import hash_parts, valid_names
 
@@ -295,8 +295,8 @@ def test_a_root_that_a_tree_can_have_is_read(row: bytes, nodes: int) -> None:
 
 @examples(100)
 @given(trees())
-def test_the_root_of_every_tree_is_read(tree: object) -> None:
-    opened = Manifest(manifest_of(tree)[0])  # type: ignore[arg-type]
+def test_the_root_of_every_tree_is_read(tree: Tree) -> None:
+    opened = Manifest(manifest_of(tree)[0])
     assert decode(raw(root=opened.row(0), nodes=opened.node_count)).node_count == opened.node_count
 
 

@@ -224,6 +224,13 @@ class Ledger:
     bases: dict[str, int] = field(default_factory=dict)
     ranges: dict[int, tuple[int, str]] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, packages: dict[str, Package], root: Path) -> Ledger:
+        """Return one that promises all that is visible in a store."""
+        ledger = cls(packages)
+        ledger.bases = ledger.look(root)
+        return ledger
+
     def promise(self, name: str, base: int) -> None:
         """A publication was reported as done."""
         assert self.bases.setdefault(name, base) == base, f"{name} was promised another base before"

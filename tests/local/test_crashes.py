@@ -125,13 +125,6 @@ def base(small: Path) -> Path:
     return small
 
 
-def new_ledger(base: Path) -> Ledger:
-    ledger = Ledger(KNOWN)
-    for name, at in ledger.look(base).items():
-        ledger.promise(name, at)
-    return ledger
-
-
 @pytest.mark.parametrize("way", ["killed", "power", "mixed", "failed sync", "failed sync, power"])
 def test_a_publisher_dies_at_any_step(base: Path, room: Path, way: str) -> None:
     """In packs and a journal that it takes over from another."""
@@ -148,7 +141,7 @@ def publish_at_every_step(base: Path, room: Path, way: str) -> None:
     for number, plan in enumerate(plans(room / "lost", way)):
         here = copy_store(base, room / f"store-{number}")
         code, said = crash(here, plan, publish_groups, GROUPS, inode_step=2)
-        ledger = new_ledger(base)
+        ledger = Ledger.of(KNOWN, base)
         heard(ledger, said)
         if went_well(plan, code, said):
             break
@@ -164,7 +157,7 @@ def test_the_power_goes_after_another_went_on_where_a_publisher_died(
     memory = str(room / "memory")
     for step in itertools.count(1):
         here = copy_store(base, room / f"store-{step}")
-        ledger = new_ledger(base)
+        ledger = Ledger.of(KNOWN, base)
         code, said = crash(here, Plan(kill_at=step, memory=memory), publish_groups, GROUPS, inode_step=2)
         heard(ledger, said)
         ledger.look(here)
@@ -238,7 +231,7 @@ def test_the_power_goes_after_another_went_on_where_a_rebuild_died(
     memory = str(room / "memory")
     for step in itertools.count(1):
         here = copy_store(base, room / f"store-{step}")
-        ledger = new_ledger(base)
+        ledger = Ledger.of(KNOWN, base)
         code, _ = crash(here, Plan(kill_at=step, memory=memory), rebuild_it)
         last = Plan(lost=str(room / "lost"), memory=memory, keep=keep, seed=step)
         heard(ledger, crash(here, last, publish_groups, GROUPS)[1])
@@ -257,7 +250,7 @@ def test_the_power_goes_after_another_went_on_where_a_rebuild_died(
 def test_another_goes_on_while_a_publisher_waits_at_any_step(base: Path, room: Path, other: str) -> None:
     for step in itertools.count(1):
         here = copy_store(base, room / f"store-{step}")
-        ledger = new_ledger(base)
+        ledger = Ledger.of(KNOWN, base)
         with running(
             on_disk, here, Plan(pause_at=step), publish_groups, [GROUPS], {"inode_step": 2}
         ) as child:
@@ -291,7 +284,7 @@ def test_another_goes_on_while_a_publisher_waits_at_any_step(base: Path, room: P
 @pytest.mark.parametrize("way", ["killed", "power", "mixed", "failed sync"])
 @pytest.mark.parametrize("index", ["index intact", "index lost"])
 def test_a_rebuild_dies_at_any_step(base: Path, room: Path, way: str, index: str) -> None:
-    ledger = new_ledger(base)
+    ledger = Ledger.of(KNOWN, base)
     code, _ = run(publish_and_die, base, GROUPS[0])
     assert code == KILLED
     if index == "index lost":

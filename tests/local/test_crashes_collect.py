@@ -72,14 +72,6 @@ def dead(base: Path) -> Path:
     return base
 
 
-def ledger_of(root: Path) -> Ledger:
-    """Promise all that is visible."""
-    ledger = Ledger(KNOWN)
-    for name, at in ledger.look(root).items():
-        ledger.promise(name, at)
-    return ledger
-
-
 def some(found: Iterator[Plan], way: str) -> Iterator[tuple[int, Plan]]:
     """Leave out steps, but for the ways in which there are few."""
     every = 1 if "sync" in way else EVERY
@@ -111,7 +103,7 @@ def goes_on(ledger: Ledger, root: Path) -> None:
 def test_a_collector_dies_at_any_step(dead: Path, room: Path, way: str) -> None:
     for number, plan in some(plans(room / "lost", way), way):
         here = copy_store(dead, room / f"store-{number}")
-        ledger = ledger_of(dead)
+        ledger = Ledger.of(KNOWN, dead)
         code, said = crash(here, plan, collect_it)
         assert ledger.look(here).keys() == {"stays"}
         goes_on(ledger, here)
@@ -124,7 +116,7 @@ def test_a_collector_dies_at_any_step(dead: Path, room: Path, way: str) -> None:
 def test_a_removal_dies_at_any_step(base: Path, room: Path, way: str) -> None:
     for number, plan in some(plans(room / "lost", way), way):
         here = copy_store(base, room / f"store-{number}")
-        ledger = ledger_of(base)
+        ledger = Ledger.of(KNOWN, base)
         code, said = crash(here, plan, remove_paths, LEAVING)
         for name in ("goes", "goes-too"):
             ledger.withdraw(name)
@@ -145,7 +137,7 @@ def test_the_power_goes_after_another_went_on_where_a_collector_died(
     memory = str(room / "memory")
     for step in itertools.count(1, EVERY):
         here = copy_store(dead, room / f"store-{step}")
-        ledger = ledger_of(dead)
+        ledger = Ledger.of(KNOWN, dead)
         code, _ = crash(here, Plan(kill_at=step, memory=memory), collect_it)
         last = Plan(lost=str(room / "lost"), memory=memory, keep=keep, seed=step)
         heard(ledger, crash(here, last, publish_groups, [[NEW, GOES_TOO], [GOES]])[1])
@@ -171,7 +163,7 @@ def wait_at_each_step(
     """Let an action wait at each step, each in turn, while others do something; then it goes on."""
     for step in itertools.count(1, every):
         here = copy_store(base, room / f"store-{step}")
-        ledger = ledger_of(base)
+        ledger = Ledger.of(KNOWN, base)
         with running(on_disk, here, Plan(pause_at=step), action, args, {}) as child:
             words = [child.hear()]
             while words[-1] != "paused" and words[-1][0] != "steps":

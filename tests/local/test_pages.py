@@ -86,17 +86,15 @@ def test_beside_a_writer_nothing_is_found(room: Path) -> None:
     here = opened(room / "env")
     for _ in work(here, 1, 10):
         pass
-    done = threading.Event()
 
     def write() -> None:
         for _ in work(here, 2, 1000 if Store.long else 150):
             pass
-        done.set()
 
-    writer = threading.Thread(target=write)
+    writer = threading.Thread(target=write, daemon=True)
     writer.start()
     looks = 0
-    while not done.is_set():
+    while writer.is_alive():
         assert pages.damage(here.folder) == []
         looks += 1
     writer.join()

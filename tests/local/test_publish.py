@@ -94,8 +94,10 @@ def test_a_published_path(root: Path) -> None:
         assert record_of(store, "a") == item.record
         assert store.referrers(path_of("b").hash_part) == [path_of("a").hash_part]
         assert store.referrers(path_of("a").hash_part) == []
-        for inode in range(16, 20):
-            assert store.range_of(inode) == (16, store.range_of(16)[1])  # type: ignore[index]
+        there = store.range_of(16)
+        assert there is not None
+        assert there[0] == 16
+        assert [store.range_of(inode) for inode in range(17, 20)] == [there] * 3
         assert store.range_of(15) is store.range_of(20) is None
         totals = store.totals()
         assert (totals.paths, totals.nodes, totals.files, totals.logical) == (1, 4, 3, 200_001)

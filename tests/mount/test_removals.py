@@ -7,13 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import trio
 
 from cidfs.daemon import MountPlan, _Daemon
 from cidfs.local.store import LocalStore
 
 
-async def test_a_name_is_forgotten_though_who_asked_has_gone(root: Path) -> None:
+async def test_a_name_is_forgotten_though_who_asked_has_gone(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """His time is over just when the names are known, and before the kernel is told."""
     forgotten: list[bytes] = []
 
@@ -33,11 +36,11 @@ async def test_a_name_is_forgotten_though_who_asked_has_gone(root: Path) -> None
                 trio.from_thread.run_sync(asking.cancel)
                 return [b"name"]
 
-            daemon._removals.new = new  # type: ignore[method-assign]  # a moment that cannot be hit otherwise
+            monkeypatch.setattr(daemon._removals, "new", new)  # a moment that cannot be hit otherwise
             await daemon._let_go()
         assert asking.cancelled_caught
         assert forgotten == []
-        daemon._removals.new = list  # type: ignore[method-assign]  # nothing new
+        monkeypatch.setattr(daemon._removals, "new", list)  # nothing new
         await daemon._let_go()
         assert forgotten == [b"name"]
         await daemon._let_go()

@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.local.conftest import empty_store, room, root, small  # noqa: F401
+from tests.local.conftest import empty_store, room, root, small
 from tests.local.support import copy_store
 from tests.power.material import Material, make_material
 from tests.power.runner import Runner, build, runner
+from tests.system.support import umount
+
+__all__ = ["empty_store", "room", "root", "small"]
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +33,7 @@ def commands(library: Path) -> Iterator[Runner]:
 
 
 @pytest.fixture(scope="module")
-def material(commands: Runner, empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Material:  # noqa: F811
+def material(commands: Runner, empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Material:
     """What to add and import."""
     folder = tmp_path_factory.mktemp("material")
     return make_material(folder, commands, copy_store(empty_store, folder / "state"))
@@ -76,4 +79,4 @@ def disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[SmallDisk]:
     if mounted.returncode:
         pytest.skip(f"no file system can be mounted: {mounted.stderr.decode().strip()}")
     yield SmallDisk(folder)
-    subprocess.run(["umount", folder], check=True)
+    umount("-l", folder)  # what hangs and holds it must not keep it

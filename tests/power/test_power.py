@@ -23,7 +23,7 @@ from tests.power.conftest import SmallDisk
 from tests.power.judge import Known, Promises, judge, known_in
 from tests.power.material import Material
 from tests.power.replay import KEPT, VARIANTS, Disk, Op, Variant, contents, read_log, write_out
-from tests.power.runner import Done, Runner, runner
+from tests.power.runner import KILLED, Done, Runner, runner
 from tests.power.shares import PROCESSES, in_shares, is_mine
 
 SHARE = 1 if Store.long else 6  # of the moments at which the power goes, one of so many
@@ -174,7 +174,8 @@ def test_power_goes_during_a_rebuild(story: Story, room: Path, material: Materia
     other.run("add", material.source("gamma")).good()
     calls = [event for event in read_log(other.log) if event.op != Op.MARK]
     journal = next(i for i, event in enumerate(calls) if event.op == Op.SYNC and "journal/" in event.first)
-    story.run("add", material.source("gamma"), paths=material.of("gamma"), kill_at=journal)
+    added = story.run("add", material.source("gamma"), paths=material.of("gamma"), kill_at=journal)
+    assert added.code == KILLED
     assert material.paths["gamma"] in story.known, "it was to be killed between commit and journal"
     story.run("rebuild").good()
     assert judge_story(story, room) >= 100 // SHARE
@@ -228,16 +229,17 @@ def test_power_goes_after_another_went_on_where_one_was_killed(
     commands.run(small, "add", material.source("alpha"), material.source("beta")).good()
     new = material.of("gamma")
     whole = commands.run(copy_store(small, room / "whole"), "add", material.source("gamma")).good()
-    states, step = 0, 1 if Store.long else 9
+    states, killed, step = 0, 0, 1 if Store.long else 9
     for kill_at in range(1 + len(next_command), whole.calls, step):
         here = copy_store(small, room / f"store-{kill_at}")
         story = Story(commands, here, room / f"log-{kill_at}", here)
-        story.run("add", material.source("gamma"), paths=new, kill_at=kill_at)
+        killed += story.run("add", material.source("gamma"), paths=new, kill_at=kill_at).code == KILLED
         since = len(read_log(story.log))
         words = [material.source("gamma")] if next_command == "add" else []
         story.run(next_command, *words, paths=new if words else ()).good()
         states += judge_story(story, room, since=since, reports=True, few=True)
         shutil.rmtree(here)
+    assert killed >= whole.calls // step // 2, "hardly an add was killed"
     assert states >= whole.calls // step
 
 

@@ -8,33 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib
 import json
 import os
-import pkgutil
+import signal
 import sys
-from typing import Any
+from typing import Any, Final
 
-import trio  # noqa: F401 (imported once, before all forks)
-
-import cidfs
-from cidfs.cli.main import app, run
-from cidfs.errors import StoreAbsent
 from cidfs.formats import pack
 from tests.local.support import few_urandom
+from tests.system.forks import import_all
+
+SECONDS: Final = 300  # for a command; what hangs ends then
 
 
-def _import_all() -> None:
-    for module in pkgutil.walk_packages(cidfs.__path__, "cidfs."):
-        if not module.name.endswith("__main__"):
-            importlib.import_module(module.name)
-    with contextlib.suppress(
-        StoreAbsent
-    ):  # what the parser of the command line imports when it is first used
-        app(["--state", "/nowhere", "ls"], standalone_mode=False)
-
-
-def _child(job: dict[str, Any], library: ctypes.CDLL, answer: int) -> int:
+def _child(main: Any, job: dict[str, Any], library: ctypes.CDLL, answer: int) -> int:
+    signal.alarm(SECONDS)
     for number, (name, flags) in enumerate(
         ((job["stdin"], os.O_RDONLY), (job["stdout"], os.O_WRONLY), (job["stderr"], os.O_WRONLY))
     ):
@@ -53,7 +41,7 @@ def _child(job: dict[str, Any], library: ctypes.CDLL, answer: int) -> int:
     sys.argv = ["cidfs", *job["words"]]
     code = 0
     try:
-        run()
+        main.run()
     except SystemExit as e:
         code = e.code if isinstance(e.code, int) else 1
     sys.stdout.flush()
@@ -63,7 +51,7 @@ def _child(job: dict[str, Any], library: ctypes.CDLL, answer: int) -> int:
 
 def main() -> None:
     """Serve until standard input ends."""
-    _import_all()
+    cidfs = import_all()
     library = ctypes.CDLL(None)
     library.power_count.restype = ctypes.c_long
     library.power_configure.argtypes = [
@@ -83,7 +71,7 @@ def main() -> None:
             os.close(ours)
             code = 70
             try:
-                code = _child(job, library, theirs)
+                code = _child(cidfs, job, library, theirs)
             finally:
                 os._exit(code)
         os.close(theirs)

@@ -31,8 +31,8 @@ class Person:
 
     def run(self, *words: str | Path) -> subprocess.CompletedProcess[bytes]:
         """Run a program as this user."""
-        drop = {"user": self.uid, "group": self.uid, "extra_groups": []} if os.geteuid() == 0 else {}
-        return subprocess.run(  # type: ignore[call-overload,no-any-return]
+        other = os.geteuid() == 0
+        return subprocess.run(
             [str(w) for w in words],
             capture_output=True,
             stdin=subprocess.DEVNULL,
@@ -40,7 +40,9 @@ class Person:
             env=self.environment,
             cwd=self.home,
             check=False,
-            **drop,
+            user=self.uid if other else None,
+            group=self.uid if other else None,
+            extra_groups=[] if other else None,
         )
 
     def cidfs(self, *words: str | Path, code: int = 0) -> list[str]:

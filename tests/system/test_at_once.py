@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 from cidfs.local.packs import CACHE
@@ -129,7 +130,7 @@ def test_a_stopped_writer_stops_no_reader_and_is_named(store: Store, mountpoint:
     assert "stopped)" in line
     assert describe(mountpoint / name) == describe(first)
     for other in names:
-        assert error_of(lambda n=other: os.lstat(mountpoint / n)) == "ENOENT"  # type: ignore[misc]
+        assert error_of(partial(os.lstat, mountpoint / other)) == "ENOENT"
     assert store.lines("ls") == [f"/nix/store/{name}"]
     assert store.stats()["daemon"]["requests"]["read"]["count"] > 0
     again = folder / "again"

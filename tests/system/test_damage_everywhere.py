@@ -196,9 +196,7 @@ def test_the_inode_limit(store: Store) -> None:
     more = make_files(store.state.parent / "more", {b"file": b"more"})
     store.add(more)
     for at in (3, 4096 + 3):
-        raw = (store.state / "next-inode").read_bytes()
-        if len(raw) > at:
-            flip(store.state / "next-inode", at, 0x20)
+        flip(store.state / "next-inode", at, 0x20)
     lines = verified(store)
     assert any("next-inode" in line for line in lines)
     assert {Path(path).name for path in store.lines("ls")} == {*names, *store.add(more)}
@@ -333,7 +331,7 @@ def test_pages_overwritten_under_a_daemon_never_give_wrong_bytes(store: Store, m
     path = data_file(store)
     data = path.read_bytes()
     chosen = random.Random("under a daemon")
-    ended = 0
+    whole = 0
     for _ in range(20 if Store.long else 3):
         store.mount(mountpoint)
         (pid,) = store.daemon_pids()
@@ -350,11 +348,12 @@ def test_pages_overwritten_under_a_daemon_never_give_wrong_bytes(store: Store, m
                 except OSError:
                     continue
                 assert read == (tree / file_name).read_bytes()
+                whole += 1
         if not alive(pid):
-            ended += 1
             assert "run `cidfs rebuild`" in store.log_text()
         store.umount(mountpoint)
         path.write_bytes(data)
+    assert whole, "nothing could be read"
     store.run("verify")
 
 

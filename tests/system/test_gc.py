@@ -17,10 +17,12 @@ import pytest
 from cidfs.local.store import LocalStore
 from tests.commands import Store
 from tests.local.support import copy_store, flip, pack_files
-from tests.system.forks import Forks, forked_store_in, forking
 from tests.system.model_support import NO_ROOM
+from tests.system.quick import forks, store
 from tests.system.support import describe, make_files, noise
 from tests.system.test_at_once import wait_until_stopped
+
+__all__ = ["forks", "store"]
 
 SMALL_PACKS = "from cidfs.formats import pack\npack.ROLL_SIZE = 1 << 20"
 STOP = """
@@ -45,20 +47,6 @@ from cidfs.local.packs import PackWriter
 PackWriter._try_take = lambda *_: None
 os.link = lambda *_: {_HALT}
 """
-
-
-@pytest.fixture(scope="module")
-def forks() -> Iterator[Forks]:
-    """A process to fork commands from."""
-    with forking() as here:
-        yield here
-
-
-@pytest.fixture
-def store(tmp_path: Path, forks: Forks) -> Iterator[Store]:
-    """A store whose commands are quick to start."""
-    with forked_store_in(tmp_path, forks) as here:
-        yield here
 
 
 def stop_before(where: str) -> str:

@@ -4,8 +4,6 @@ The store opens, nothing half is visible, verification finds nothing, the same c
 and a collection finds and frees what was left behind.
 """
 
-# ruff: noqa: F811 (fixtures of other folders are imported by name)
-
 from __future__ import annotations
 
 import os
@@ -21,9 +19,9 @@ from pathlib import Path
 import pytest
 
 from tests.commands import Store
-from tests.local.conftest import empty_store, room, root, small  # noqa: F401 (fixtures)
+from tests.local.conftest import empty_store, room, root, small
 from tests.local.support import copy_store, few_urandom
-from tests.power.conftest import SmallDisk, commands, disk, library, material  # noqa: F401 (fixtures)
+from tests.power.conftest import SmallDisk, commands, disk, library, material
 from tests.power.judge import (
     DEAD_SHARE,
     SLACK,
@@ -39,6 +37,8 @@ from tests.power.material import Material
 from tests.power.runner import KILLED, Runner, runner
 from tests.power.shares import in_shares, is_mine
 from tests.system.support import describe, make_files, noise
+
+__all__ = ["commands", "disk", "empty_store", "library", "material", "room", "root", "small"]
 
 ONE_OF = 1 if Store.long else 10  # of the calls at which a command is killed
 ROUNDS = 30 if Store.long else 3
@@ -65,6 +65,27 @@ class Scene:
         commands.run(here, "gc").good()
         self.size = size_of(here)
 
+    def goes_on(self, commands: Runner, here: Path, out: list[str]) -> tuple[Promises, dict[str, int]]:
+        """Check what the command left that ended early and said `out`; now it succeeds, and so does gc.
+
+        Return what is promised then, and base by path.
+        """
+        promises, words = self.promises.copy(), self.words
+        promises.begin(words[0], self.paths)
+        promises.done(words[0], [line for line in out if line.startswith("/nix/store/")])
+        before = look(here, self.known, promises)
+        if words[0] == "remove":
+            words = ["remove", *(p for p in self.paths if p in before)]
+        if len(words) > 1 or words[0] != "remove":
+            commands.run(here, *words, stdin=Path(self.stdin)).good()
+        promises.done(words[0], self.paths)
+        after = look(here, self.known, promises, verified=False)
+        assert all(after[p] == base for p, base in before.items() if p in after)
+        commands.run(here, "gc").good()
+        assert look(here, self.known, promises) == after
+        is_tidy(here)
+        return promises, after
+
 
 def kill_share(pipe: Connection, part: int, parts: int, library: Path, room: Path, scene: Scene) -> None:
     """Kill the command of a scene at a share of its calls, before them and in the middle of their bytes."""
@@ -75,40 +96,27 @@ def kill_share(pipe: Connection, part: int, parts: int, library: Path, room: Pat
         shutil.rmtree(here)
         cases = [(n, tear) for n in range(1, calls + 1) for tear in (False, True)]
         mine = [case for case in cases if is_mine(case, part, parts)]
+        killed = 0
         for kill_at, tear in mine:
             pipe.send(f"{scene.words} is killed at call {kill_at}{', in the middle of it' * tear}")
             here = copy_store(scene.state, room / f"store-{part}")
-            kill_once(commands, scene, here, kill_at, tear)
+            killed += kill_once(commands, scene, here, kill_at, tear)
             shutil.rmtree(here)
+    assert killed * 2 >= len(mine), "hardly a command was killed"
     pipe.send(len(mine))
 
 
-def kill_once(commands: Runner, scene: Scene, here: Path, kill_at: int, tear: bool) -> None:
-    """Kill a command at one call, and check all that follows."""
-    words, stdin = scene.words, Path(scene.stdin)
-    done = commands.run(here, *words, stdin=stdin, kill_at=kill_at, tear=tear)
-    promises = scene.promises.copy()
-    promises.begin(words[0], scene.paths)
+def kill_once(commands: Runner, scene: Scene, here: Path, kill_at: int, tear: bool) -> bool:
+    """Kill a command at one call, and check all that follows; say whether it was killed."""
+    done = commands.run(here, *scene.words, stdin=Path(scene.stdin), kill_at=kill_at, tear=tear)
     if done.code != KILLED:  # it took another way: nothing to append, or one pack less
         done.good()
-    promises.done(words[0], [line for line in done.out if line.startswith("/nix/store/")])
-    before = look(here, scene.known, promises)
-    if words[0] == "remove":
-        gone = [p for p in scene.paths if p not in before]
-        words = ["remove", *(p for p in scene.paths if p in before)]
-        promises.done("remove", gone)
-    if len(words) > 1 or words[0] != "remove":
-        commands.run(here, *words, stdin=stdin).good()
-    promises.done(words[0], scene.paths)
-    after = look(here, scene.known, promises, verified=False)
-    assert all(after[p] == base for p, base in before.items() if p in after)
-    commands.run(here, "gc").good()
-    assert look(here, scene.known, promises) == after
-    is_tidy(here)
+    promises, after = scene.goes_on(commands, here, done.out)
     assert size_of(here) <= scene.size * DEAD_SHARE + SLACK
     shutil.rmtree(here / "index")
     rebuild_in(here)
     assert look(here, scene.known, promises, verified=False) == after
+    return done.code == KILLED
 
 
 @pytest.fixture
@@ -166,7 +174,7 @@ class Reader(threading.Thread):
     """Reads store paths through a mount, over and over, and keeps the first thing that is wrong."""
 
     def __init__(self, trees: dict[Path, Path]) -> None:
-        super().__init__()
+        super().__init__(daemon=True)
         self._expected = {path: describe(source) for path, source in trees.items()}
         self._ended = threading.Event()
         self.turns, self.wrong = 0, ""
@@ -185,7 +193,8 @@ class Reader(threading.Thread):
     def end(self) -> None:
         """Stop reading, and fail if anything was wrong."""
         self._ended.set()
-        self.join()
+        self.join(60)
+        assert not self.is_alive(), "a read through the mount does not end"
         assert not self.wrong
         assert self.turns > 1
 

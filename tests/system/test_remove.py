@@ -8,30 +8,19 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from tests.commands import Store, wait_until
-from tests.system.forks import Forks, forked_store_in, forking
 from tests.system.model_support import base_name, publish
+from tests.system.quick import forks, store
 from tests.system.support import describe, error_of, inodes, make_files, mount, noise, umount
 
+__all__ = ["forks", "store"]
+
 NONE = "0" * 32 + "-none"
-
-
-@pytest.fixture(scope="module")
-def forks() -> Iterator[Forks]:
-    """A process to fork commands from."""
-    with forking() as here:
-        yield here
-
-
-@pytest.fixture
-def store(tmp_path: Path, forks: Forks) -> Iterator[Store]:
-    """A store whose commands are quick to start."""
-    with forked_store_in(tmp_path, forks) as here:
-        yield here
 
 
 def tree(store: Store, name: str) -> Path:
@@ -42,7 +31,7 @@ def tree(store: Store, name: str) -> Path:
 
 def absent(*paths: Path) -> bool:
     """Say whether none of some paths can be looked up."""
-    return {error_of(lambda p=p: os.lstat(p)) for p in paths} == {"ENOENT"}  # type: ignore[misc]
+    return {error_of(partial(os.lstat, p)) for p in paths} == {"ENOENT"}
 
 
 def chain(store: Store, length: int) -> list[str]:

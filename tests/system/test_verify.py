@@ -144,22 +144,22 @@ def test_a_rebuild_that_lost_a_manifest_says_so(store: Store) -> None:
 def test_verify_beside_adds_removals_collections_and_rebuilds_finds_nothing(store: Store) -> None:
     folder = store.state.parent
     store.add(make_files(folder / "stays", {b"%d" % i: noise(i, 300_000) for i in range(10)}))
-    with subprocess.Popen(
+    busy = subprocess.Popen(
         [sys.executable, "-c", BUSY, str(store.state), str(folder)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=environment(),
-    ) as busy:
-        store.processes.append(busy)
-        assert busy.stdout is not None
-        assert busy.stdout.readline()
-        for words in ((), ("--quick",), ("--sample", "50%"), (), ("--repair",)) * (5 if Store.long else 1):
-            done = store.run("verify", *words)
-            assert done.stdout == b""
-        assert busy.poll() is None
-        (folder / "enough").touch()
-        _, err = busy.communicate(timeout=60)
-        assert (busy.returncode, err) == (0, b"")
+    )
+    store.processes.append(busy)  # it is killed with the store, however this ends
+    assert busy.stdout is not None
+    assert busy.stdout.readline()
+    for words in ((), ("--quick",), ("--sample", "50%"), (), ("--repair",)) * (5 if Store.long else 1):
+        done = store.run("verify", *words)
+        assert done.stdout == b""
+    assert busy.poll() is None
+    (folder / "enough").touch()
+    _, err = busy.communicate(timeout=60)
+    assert (busy.returncode, err) == (0, b"")
     store.run("verify")
 
 
