@@ -1,4 +1,4 @@
-"""Start a daemon in the background, and stop one: the processes around `daemon`.
+"""Start a mount in the background, and stop one: the processes around `holder`.
 
 The caller of `start` gets the errors of the start as if it had run them itself. Nothing waits without a
 deadline.
@@ -10,19 +10,22 @@ import contextlib
 import logging
 import os
 import select
+import signal
 import sys
 import time
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Final, NoReturn
 
 import msgspec
 
-from cidfs import daemon, errors, faults
+from cidfs import daemon_process, errors, holder
 from cidfs.errors import CidfsError, MountFailed
-from cidfs.mount import session
+from cidfs.mount import mountinfo, session
+from cidfs.mount.plan import MountPlan
 
 START_SECONDS: Final = 120.0
-STOP_SECONDS: Final = 15.0
+STOP_SECONDS: Final = 25.0
 LOG_FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -33,15 +36,22 @@ class _Report(msgspec.Struct, frozen=True):
     text: str = ""
 
 
-def run_in_foreground(plan: daemon.MountPlan) -> None:
-    """Mount and serve in this process, logging to standard error."""
+def run_in_foreground(plan: MountPlan) -> None:
+    """Mount, and stay in this process as the parent of the mount, logging to standard error."""
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, stream=sys.stderr)
-    daemon.run(plan, ready=lambda: logging.getLogger(__name__).info("%s: mounted", plan.mountpoint))
+    session.check_mountpoint(plan.mountpoint)
+    _end_survivors(plan)
+    holder.run(
+        plan,
+        time.monotonic() + START_SECONDS,
+        lambda: logging.getLogger(__name__).info("%s: mounted", plan.mountpoint),
+    )
 
 
-def start(plan: daemon.MountPlan) -> None:
-    """Mount in a process of its own and return when the mount answers; raise what its start raised."""
+def start(plan: MountPlan) -> None:
+    """Mount with processes of its own and return when the mount answers; raise what its start raised."""
     session.check_mountpoint(plan.mountpoint)  # before anything is made on disk
+    _end_survivors(plan)
     reading, writing = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -56,21 +66,25 @@ def start(plan: daemon.MountPlan) -> None:
         os.close(reading)
 
 
-def _await_start(plan: daemon.MountPlan, child: int, reading: int) -> None:
+def _await_start(plan: MountPlan, child: int, reading: int) -> None:
     raw = b""
-    deadline = time.monotonic() + START_SECONDS
+    deadline = time.monotonic() + START_SECONDS + 5  # the child has a deadline of its own
     while not raw.endswith(b"\n"):
         readable, _, _ = select.select([reading], [], [], max(0.0, deadline - time.monotonic()))
         if not readable:
-            os.kill(child, 9)
+            os.killpg(child, signal.SIGKILL)
             os.waitpid(child, 0)
-            session.unmount_if_mounted(plan.mountpoint)
-            raise MountFailed(f"{plan.mountpoint}: the daemon did not start within {START_SECONDS:g} s")
+            session.take_from_sight(session.mount_of(plan.state, plan.mountpoint))
+            raise MountFailed(f"{plan.mountpoint}: the mount did not start within {START_SECONDS:g} s")
         piece = os.read(reading, 65536)
         if not piece:
             _, status = os.waitpid(child, 0)
-            session.unmount_if_mounted(plan.mountpoint)
-            raise MountFailed(f"{plan.mountpoint}: the daemon died at its start (wait status {status})")
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child, signal.SIGKILL)
+            session.take_from_sight(session.mount_of(plan.state, plan.mountpoint))
+            raise MountFailed(
+                f"{plan.mountpoint}: its parent process died at the start (wait status {status})"
+            )
         raw += piece
     report = msgspec.json.decode(raw, type=_Report)
     if report.kind:
@@ -80,9 +94,9 @@ def _await_start(plan: daemon.MountPlan, child: int, reading: int) -> None:
     os.statvfs(plan.mountpoint)
 
 
-def _child(plan: daemon.MountPlan, writing: int) -> NoReturn:
+def _child(plan: MountPlan, writing: int) -> NoReturn:
     code = 0
-    log = plan.state / "run" / f"mount-{os.getpid()}.log"
+    log = plan.log_of(os.getpid())
 
     def report(kind: str = "", text: str = "") -> None:
         with contextlib.suppress(OSError):  # told already, or the caller has gone
@@ -90,31 +104,26 @@ def _child(plan: daemon.MountPlan, writing: int) -> NoReturn:
             os.write(writing, msgspec.json.encode(_Report(kind, told)) + b"\n")
 
     def ready() -> None:
-        # from here on nobody waits for our words: standard error becomes the log
-        fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
-        os.dup2(fd, 2)
-        os.close(fd)
-        faults.say = None
+        daemon_process.log_to(log)
         report()
+        os.close(writing)
 
-    faults.say = lambda line: report("IndexLost", line)
     try:
         os.setsid()
         null = os.open(os.devnull, os.O_RDWR)
         os.dup2(null, 0)
         os.dup2(null, 1)
         os.close(null)
+        os.chdir("/")
         logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT, stream=sys.stderr)
-        daemon.run(plan, ready)
+        holder.run(plan, time.monotonic() + START_SECONDS, ready)
     except CidfsError as e:
         kind = next((c.__name__ for c in type(e).__mro__ if c in errors.EXIT_CODES), "CidfsError")
-        if os.path.exists(log):
-            logging.error("%s", e)
         report(kind, str(e))
         code = errors.exit_code(e)
     except BaseException as e:
-        if os.path.exists(log):
-            logging.exception("the daemon ended in a way that was not foreseen")
+        if log.exists():
+            logging.exception("the parent of the mount ended in a way that was not foreseen")
         report("MountFailed", f"{plan.mountpoint}: {type(e).__name__}: {e}")
         code = 70
     finally:
@@ -124,19 +133,48 @@ def _child(plan: daemon.MountPlan, writing: int) -> NoReturn:
         os._exit(code)
 
 
-def stop(mountpoint: Path, *, lazy: bool) -> None:
-    """Take a mount down and wait for the end of its daemon.
+def _end_survivors(plan: MountPlan) -> None:
+    """End the processes that a mount whose daemon died has left at a mount point."""
+    for pid in session.survivors_of(plan.state, plan.mountpoint):
+        _end_holder(plan.state, plan.mountpoint, pid)
 
-    Raise MountPointAbsent, MountPointBusy, MountFailed.
-    """
-    info = session.mounted_at(mountpoint)
-    state = session.source_of(info) if info is not None else Path("/")
-    pid = session.daemon_of(state, mountpoint)
-    session.unmount(mountpoint, lazy=lazy)
+
+def _end_holder(state: Path, mountpoint: Path, pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGTERM)
+    _await_end(mountpoint, "the parent of its daemon", pid, lambda: session.holders_of(state, mountpoint))
+
+
+def _await_end(mountpoint: Path, what: str, pid: int, running: Callable[[], Container[int]]) -> None:
     deadline = time.monotonic() + STOP_SECONDS
     pause = 0.005
-    while not lazy and pid in session.daemons_of(state, mountpoint):
+    while pid in running():
         if time.monotonic() > deadline:
-            raise MountFailed(f"{mountpoint}: unmounted, but its daemon (process {pid}) goes on; see its log")
+            raise MountFailed(f"{mountpoint}: unmounted, but {what} (process {pid}) goes on; see its log")
         time.sleep(pause)
         pause = min(2 * pause, 0.1)
+
+
+def stop(mountpoint: Path, state: Path, *, lazy: bool) -> None:
+    """Take a mount down and wait for the end of its processes.
+
+    Of a mount whose daemon died, end what is left. state is where to look for that, as nothing is mounted any
+    more. Raise MountPointAbsent, MountPointBusy, MountFailed.
+    """
+    info = mountinfo.mounted_at(mountpoint)
+    if info is not None and info.type == mountinfo.FILE_SYSTEM_TYPE:
+        state = mountinfo.source_of(info)
+    else:
+        survivors = session.survivors_of(state, mountpoint)
+        for pid in survivors:
+            _end_holder(state, mountpoint, pid)
+        if survivors:
+            return
+    pid = session.daemon_of(state, mountpoint)
+    parent = session.parent_of(pid) if pid else 0
+    session.unmount(mountpoint, lazy=lazy)
+    if not lazy:
+        _await_end(mountpoint, "its daemon", pid, lambda: session.daemons_of(state, mountpoint))
+        _await_end(
+            mountpoint, "the parent of its daemon", parent, lambda: session.holders_of(state, mountpoint)
+        )

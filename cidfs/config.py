@@ -26,10 +26,11 @@ class StoreSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class MountSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """[mount]: how a mount is made."""
+    """[mount]: how a mount is made. nix_socket: where Nix asks; empty for the state folder's nix.sock."""
 
     transport: Literal["auto", "pyfuse3"] = "auto"
     list_root: bool = False
+    nix_socket: str = ""
 
 
 class TrustSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

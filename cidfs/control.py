@@ -22,10 +22,21 @@ DEFAULT_TIMEOUT: Final = 2.0
 
 
 class Request(msgspec.Struct, frozen=True):
-    """What is asked. do: `stats`, or `refresh`: look now what was removed, and let go of it."""
+    """What is asked. do: `stats`; `refresh`: show now what was published, hide what was removed, and say when
+
+    that is done; `unveil`: take whiteouts of these published names (base names of store paths) out of the
+    uppers of overlays.
+    """
 
     do: str
+    names: tuple[str, ...] = ()
     version: int = VERSION
+
+
+class Done(msgspec.Struct, frozen=True):
+    """Whether what was asked for is done; why not, the daemon has logged."""
+
+    done: bool
 
 
 class RequestStats(msgspec.Struct, frozen=True):
@@ -40,6 +51,38 @@ class RequestStats(msgspec.Struct, frozen=True):
     p90_us: float
     p99_us: float
     max_us: float
+
+
+class OverlayStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Overlays above a mount: where, how often they were reconfigured, how many whiteouts were taken out.
+
+    confirmed is the serial up to which what became whole is shown; complaint says why no more is, if so.
+    """
+
+    above: list[str]
+    remounts: int
+    unveiled: int
+    confirmed: int
+    absent_names: int
+    complaint: str = ""
+
+
+class NixStats(msgspec.Struct, frozen=True, kw_only=True):
+    """What the metadata process says of itself, since the mount began.
+
+    broken counts connections that were ended for what they sent or did not send, withheld the answers
+    "absent" for what is published.
+    """
+
+    pid: int
+    socket: str
+    restarts: int
+    connections: int
+    connections_total: int
+    requests: int
+    refused: int
+    broken: int
+    withheld: int
 
 
 class DaemonStats(msgspec.Struct, frozen=True):
@@ -58,14 +101,34 @@ class DaemonStats(msgspec.Struct, frozen=True):
     manifest_reads: int
     damaged: int
     cached_bytes: int
+    overlays: OverlayStats | None = None
+    nix: NixStats | None = None
     version: int = VERSION
 
 
 def ask(path: Path, request: Request, timeout: float = DEFAULT_TIMEOUT) -> DaemonStats:
-    """Ask the daemon that listens at a path.
+    """Ask the daemon that listens at a path how it is.
 
     Raise OSError when it does not answer, CidfsError when it answers what is no answer.
     """
+    try:
+        return msgspec.json.decode(_exchange(path, request, timeout), type=DaemonStats)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as e:
+        raise CidfsError(f"{path}: not the answer of a daemon: {e}") from None
+
+
+def have_done(path: Path, request: Request, timeout: float = DEFAULT_TIMEOUT) -> bool:
+    """Have the daemon that listens at a path do something, wait for its answer, and say whether it is done.
+
+    Raise OSError when it does not answer within timeout seconds.
+    """
+    try:
+        return msgspec.json.decode(_exchange(path, request, timeout), type=Done).done
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        raise ConnectionResetError(f"{path}: the daemon went away") from None
+
+
+def _exchange(path: Path, request: Request, timeout: float) -> bytes:
     deadline = time.monotonic() + timeout
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as connection:
         connection.settimeout(timeout)
@@ -79,10 +142,7 @@ def ask(path: Path, request: Request, timeout: float = DEFAULT_TIMEOUT) -> Daemo
             if not piece:
                 break
             answer += piece
-    try:
-        return msgspec.json.decode(answer, type=DaemonStats)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as e:
-        raise CidfsError(f"{path}: not the answer of a daemon: {e}") from None
+    return answer
 
 
 class SocketAddress:

@@ -1,5 +1,6 @@
 """The daemon behind a mount: one trio nursery with the file system, the control socket and the housekeeping.
 
+A child of the mount's parent process, which does for it what must be done in the host's mount namespace.
 Starts in this order: store, lease, mount, own namespace, socket, requests. Ends when the file system is
 unmounted or on SIGTERM and SIGINT, and takes its mount with it. One mount a process.
 """
@@ -12,10 +13,8 @@ import os
 import resource
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -23,36 +22,32 @@ import msgspec
 import trio
 
 from cidfs import control
+from cidfs.board import Board
 from cidfs.errors import CidfsError, MountFailed
-from cidfs.local.leases import Lease
-from cidfs.local.removal import Removals
+from cidfs.local.leases import HOLDER, Lease
 from cidfs.local.store import LocalStore
 from cidfs.mount import session
+from cidfs.mount.acts import Link
+from cidfs.mount.growth import Growth
+from cidfs.mount.mountinfo import mounted_at, printable
+from cidfs.mount.plan import MountPlan
 from cidfs.mount.transport.pyfuse3 import Pyfuse3Transport
 from cidfs.mount.view import StoreView
+from cidfs.mount.watch import OverlayWatch
 
 log = logging.getLogger(__name__)
 
-REQUEST_SECONDS: Final = 5.0
+REQUEST_SECONDS: Final = 5.0  # for a request to come
+STEP_SECONDS: Final = 30.0  # for what is asked to be done
 HOUSEKEEPING_SECONDS: Final = 60.0
-REMOVALS_SECONDS: Final = 1.0
+GROWTH_SECONDS: Final = 0.5
 
 
-@dataclass(frozen=True, slots=True)
-class MountPlan:
-    """What to mount, and where."""
+def run(plan: MountPlan, link: Link, board: Board, ready: Callable[[Path], None]) -> None:
+    """Mount and serve until the mount ends.
 
-    state: Path
-    mountpoint: Path
-    store_dir: str
-    list_root: bool
-    lock_timeout: float
-
-
-def run(plan: MountPlan, ready: Callable[[], None]) -> None:
-    """Mount and serve until the mount ends; ready is called when requests are being answered.
-
-    Raises the errors of the start. Must be called before any thread has started in this process.
+    ready is called with the path of the control socket when requests are being answered. Raises the errors of
+    the start. Must be called before any thread has started in this process.
     """
     session.check_mountpoint(plan.mountpoint)
     with contextlib.ExitStack() as stack:
@@ -60,28 +55,39 @@ def run(plan: MountPlan, ready: Callable[[], None]) -> None:
             plan.state, create=True, store_dir=plan.store_dir, lock_timeout=plan.lock_timeout
         ).close()
         store = stack.enter_context(LocalStore.open(plan.state))
-        lease = store.lease("mount", mountpoint=session.printable(plan.mountpoint), transport="pyfuse3")
+        lease = store.lease("mount", mountpoint=printable(plan.mountpoint), transport="pyfuse3")
         stack.callback(lease.release)
-        transport = Pyfuse3Transport(StoreView(store, list_root=plan.list_root))
         complaint: list[str] = []
+        watch: OverlayWatch | None = None  # set before the first request is taken
+        view = StoreView(
+            store,
+            list_root=plan.list_root,
+            under_overlay=lambda: watch is not None and bool(watch.standing()),
+        )
+        transport = Pyfuse3Transport(view)
         try:
             with session.captured_stderr(complaint):
                 transport.mount(str(plan.mountpoint), session.options(plan.state))
         except RuntimeError as e:
             raise MountFailed(f"{plan.mountpoint}: the mount failed: {' '.join(complaint) or e}") from e
         isolation: session.Isolation | None = None
+        mount = mounted_at(plan.mountpoint)  # in an own namespace it is out of sight
+        device = mount.device if mount is not None else ""
         try:
-            mount = session.mounted_at(plan.mountpoint)  # in an own namespace it is out of sight
-            device = mount.device if mount is not None else ""
+            watch = OverlayWatch(plan.mountpoint)
+            stack.callback(watch.close)
             isolation = session.isolate(plan.mountpoint, plan.state, plan.store_dir)
             listener = _listen(lease)
             stack.callback(_remove, lease.socket_path)
-            trio.run(_Daemon(plan, store, transport, device, lease, listener, ready).run)
+            growth = Growth(store, view.absences, watch, link, board, transport.forget_names)
+            trio.run(
+                _Daemon(plan, store, transport, device, lease, listener, growth, watch, board, ready).run
+            )
         finally:
             if isolation is not None:
-                isolation.unmount()
+                isolation.unmount(mount)
             else:
-                session.unmount_if_mounted(plan.mountpoint)
+                session.take_from_sight(mount)
             transport.close()
 
 
@@ -108,7 +114,10 @@ class _Daemon:
         device: str,
         lease: Lease,
         listener: socket.socket,
-        ready: Callable[[], None],
+        growth: Growth,
+        watch: OverlayWatch,
+        board: Board,
+        ready: Callable[[Path], None],
     ) -> None:
         self._plan = plan
         self._store = store
@@ -116,29 +125,27 @@ class _Daemon:
         self._device = device
         self._lease = lease
         self._listener = listener
+        self._growth = growth
+        self._watch = watch
+        self._board = board
         self._ready = ready
         self._began = time.monotonic()
-        self._removals = Removals(store)
-        self._letting_go = trio.Lock()
-        self._to_forget: list[bytes] = []  # stays when who asked has gone in between
 
     async def run(self) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch_signals)
             nursery.start_soon(self._housekeeping)
-            nursery.start_soon(self._watch_removals)
+            nursery.start_soon(self._grow)
             nursery.start_soon(self._serve_control)
             nursery.start_soon(self._announce)
             await self._transport.serve()
             log.info("%s: unmounted", self._plan.mountpoint)
-            notify("STOPPING=1")
             nursery.cancel_scope.cancel()
 
     async def _announce(self) -> None:
         await self._transport.answering.wait()
         session.raise_read_ahead(self._device)
-        self._ready()
-        notify("READY=1")
+        self._ready(self._lease.socket_path)
 
     async def _watch_signals(self) -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
@@ -160,33 +167,20 @@ class _Daemon:
             if freed:
                 log.info("freed %d reader slots of dead processes", freed)
 
-    async def _watch_removals(self) -> None:
+    async def _grow(self) -> None:
         while True:
-            await trio.sleep(REMOVALS_SECONDS)
-            await self._let_go()
-
-    async def _let_go(self) -> None:
-        """Let the kernel forget the names of what was removed, and packs go that were unlinked."""
-        async with self._letting_go:  # who asks is answered when the kernel knows, whoever saw it first
-            try:
-                self._to_forget += await trio.to_thread.run_sync(self._removals.new)
-            except CidfsError as e:
-                log.warning("%s", e)
-                return
-            if self._to_forget:
-                await self._transport.forget_names(self._to_forget)
-                self._to_forget = []
-                self._store.packs.forget_unlinked()
+            await self._growth.step()
+            await trio.sleep(GROWTH_SECONDS)
 
     async def _serve_control(self) -> None:
         listener = trio.SocketListener(trio.socket.from_stdlib_socket(self._listener))
         await trio.serve_listeners(self._answer, [listener])
 
     async def _answer(self, stream: trio.SocketStream) -> None:
-        with trio.move_on_after(REQUEST_SECONDS), contextlib.suppress(trio.BrokenResourceError):
+        with trio.move_on_after(REQUEST_SECONDS) as patience, contextlib.suppress(trio.BrokenResourceError):
             line = b""
             while not line.endswith(b"\n") and len(line) < control.MAX_LINE:
-                piece = await stream.receive_some(4096)
+                piece = await stream.receive_some(65536)
                 if not piece:
                     return
                 line += piece
@@ -195,12 +189,17 @@ class _Daemon:
             except (msgspec.MsgspecError, UnicodeDecodeError) as e:
                 log.warning("control socket: %s", e)
                 return
-            if request.do == "refresh":
-                await self._let_go()
-            if request.do in ("stats", "refresh"):
-                await stream.send_all(msgspec.json.encode(self.stats()) + b"\n")
+            patience.deadline = trio.current_time() + STEP_SECONDS
+            if request.do == "stats":
+                answer = msgspec.json.encode(self.stats())
+            elif request.do == "refresh":
+                answer = msgspec.json.encode(control.Done(await self._growth.step()))
+            elif request.do == "unveil":
+                answer = msgspec.json.encode(control.Done(await self._growth.unveil(request.names)))
             else:
                 log.warning("control socket: asked for %r, which this version does not know", request.do)
+                return
+            await stream.send_all(answer + b"\n")
 
     def stats(self) -> control.DaemonStats:
         """Return what this daemon says of itself."""
@@ -208,7 +207,7 @@ class _Daemon:
         counters = view.counters
         return control.DaemonStats(
             pid=os.getpid(),
-            mountpoint=session.printable(self._plan.mountpoint),
+            mountpoint=printable(self._plan.mountpoint),
             transport=self._lease.info.transport,
             uptime=time.monotonic() - self._began,
             memory=_memory(),
@@ -220,6 +219,35 @@ class _Daemon:
             manifest_reads=counters.manifest_reads,
             damaged=counters.damaged,
             cached_bytes=view.cached_bytes,
+            overlays=control.OverlayStats(
+                above=[overlay.mountpoint for overlay in self._watch.standing()],
+                remounts=self._growth.remounts,
+                unveiled=self._growth.unveiled,
+                confirmed=self._board.confirmed,
+                absent_names=len(view.absences),
+                complaint=self._growth.complaint,
+            ),
+            nix=self._nix_stats(),
+        )
+
+    def _nix_stats(self) -> control.NixStats | None:
+        """Return what the metadata process has noted on the board; None where there is none."""
+        board = self._board
+        where = printable(self._plan.mountpoint)
+        leases = [info for _, info in self._store.state.leases() if info.kind == HOLDER]
+        sockets = [i.nix_socket for i in leases if i.pid == os.getppid() and i.mountpoint == where]
+        if not sockets or not sockets[0]:
+            return None
+        return control.NixStats(
+            pid=board.nix,
+            socket=sockets[0],
+            restarts=board.restarts,
+            connections=board.connections,
+            connections_total=board.connections_total,
+            requests=board.requests,
+            refused=board.refused,
+            broken=board.broken,
+            withheld=board.withheld,
         )
 
 
@@ -230,16 +258,3 @@ def _memory() -> int:
         return (int(fields[1]) - int(fields[2])) * resource.getpagesize()
     except (OSError, IndexError, ValueError):
         return 0
-
-
-def notify(message: str) -> None:
-    """Tell systemd, where it asked to be told (sd_notify(3)); its absence is no error."""
-    where = os.environ.get("NOTIFY_SOCKET", "")
-    if not where:
-        return
-    address = "\0" + where[1:] if where.startswith("@") else where
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as s:
-            s.sendto(message.encode(), address)
-    except OSError as e:
-        print(f"cidfs: cannot notify {where}: {e.strerror}", file=sys.stderr)

@@ -17,6 +17,14 @@ class FormatError(CidfsError):
     """Stored or received bytes are not what their format says; the text names what and where."""
 
 
+class ProtocolError(FormatError):
+    """A peer said what the protocol does not have; nothing more can be read from it."""
+
+
+class RemoteRefused(CidfsError):
+    """A peer answered with an error; the text is what it said."""
+
+
 class ChunkMissing(CidfsError):
     """A chunk or a manifest is not stored here."""
 
@@ -109,6 +117,10 @@ class JournalLoss(CidfsError):
     """The journal lacks serials that it once held."""
 
 
+class Unhealthy(CidfsError):
+    """Something around a store is not as it must be; `doctor` has named it."""
+
+
 EXIT_CODES: dict[type[CidfsError], int] = {
     CidfsError: 1,
     UsageError: 2,
@@ -129,6 +141,7 @@ EXIT_CODES: dict[type[CidfsError], int] = {
     JournalLoss: 17,
     ChunkMissing: 18,
     ChunkInvalid: 18,
+    Unhealthy: 19,
     MountFailed: 20,
     MountPointAbsent: 21,
     MountPointBusy: 22,

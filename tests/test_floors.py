@@ -11,13 +11,15 @@ import cidfs
 
 PACKAGE = Path(cidfs.__file__).parent
 FLOORS = [
-    {"cidfs", "cidfs.errors", "cidfs.config", "cidfs.control", "cidfs.faults"},
+    {"cidfs", "cidfs.errors", "cidfs.config", "cidfs.control", "cidfs.faults", "cidfs.board"},
     {"cidfs.formats"},
     {"cidfs.local", "cidfs.remote"},
     {"cidfs.engine"},
-    {"cidfs.mount"},
+    {"cidfs.mount", "cidfs.nix"},
     {"cidfs.daemon"},
-    {"cidfs.background"},
+    {"cidfs.daemon_process"},
+    {"cidfs.holder"},
+    {"cidfs.background", "cidfs.doctor"},
     {"cidfs.cli"},
     {"cidfs.__main__"},
 ]

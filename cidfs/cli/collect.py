@@ -56,15 +56,15 @@ def remove(
 
 def _refuse_under_overlay(store: LocalStore) -> None:
     """Raise InUse while an overlay stands on a mount of a store."""
-    from cidfs.mount import session
+    from cidfs.mount import mountinfo, overlay
 
-    for info in session.mounts():
-        if info.type == session.FILE_SYSTEM_TYPE and _is_same(session.source_of(info), store.state.root):
-            above = session.overlays_above(Path(info.mountpoint))
+    for info in mountinfo.mounts():
+        if info.type == mountinfo.FILE_SYSTEM_TYPE and _is_same(mountinfo.source_of(info), store.state.root):
+            above = overlay.overlays_above(Path(info.mountpoint))
             if above:
                 raise InUse(
-                    f"{above[0]}: an overlay stands on the mount at {info.mountpoint}, and Nix's database"
-                    " there may call the path valid; take the overlay down first, or say --force"
+                    f"{above[0].mountpoint}: an overlay stands on the mount at {info.mountpoint}, and Nix's"
+                    " database there may call the path valid; take the overlay down first, or say --force"
                 )
 
 

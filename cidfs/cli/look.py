@@ -142,6 +142,7 @@ def _facts(store: LocalStore, found: Located) -> dict[str, object]:
         "deriver": prefix + record.deriver if record.deriver else "",
         "ca": record.ca,
         "signatures": list(record.signatures),
+        "realisations": [each.id for each in store.realisations_of(found.path)],
         "inode_base": found.row.base,
         "serial": found.row.serial,
         "closure_complete": found.row.whole > 0,

@@ -13,7 +13,7 @@ import typer
 
 import cidfs
 from cidfs import faults
-from cidfs.cli import check, collect, look, mounts, stats, store
+from cidfs.cli import check, collect, doctor, look, mounts, overlays, stats, store
 from cidfs.cli.common import GLOBALS
 from cidfs.cli.output import say
 from cidfs.errors import CidfsError, exit_code
@@ -29,7 +29,7 @@ app = typer.Typer(
     epilog="Results go to standard output, all else to standard error. Exit codes: 0 done, 1 other,"
     " 2 wrong use, 3 unreadable source, 4 absent, 5 hash mismatch, 6 conflict, 7 malformed, 8 not trusted,"
     " 9 in use, 10 no store, 11 other version, 12 index lost, 13 locked, 14 not permitted, 15 disk,"
-    " 16 damaged, 17 journal lost, 18 chunk lost, 20 mount failed, 21 mount point absent, 22 busy,"
+    " 16 damaged, 17 journal lost, 18 chunk lost, 19 unhealthy, 20 mount failed, 21 mount point absent, 22 busy,"
     " 130 interrupted.",
     no_args_is_help=True,
     add_completion=False,
@@ -85,7 +85,9 @@ _COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "remove": (collect.remove, "Take store paths out."),
     "gc": (collect.gc, "Free what nobody needs."),
     "mount": (mounts.mount, "Mount the store, read-only."),
-    "umount": (mounts.umount, "Take a mount down."),
+    "umount": (mounts.umount, "Take a mount or an overlay down."),
+    "overlay": (overlays.overlay, "Mount a writable overlay on a mount, for Nix."),
+    "remount": (overlays.remount, "Have an overlay look again below."),
     "stats": (stats.stats, "Show sizes, requests and latencies."),
     "ls": (look.ls, "List store paths, or what is in one."),
     "cat": (look.cat, "Write a file to standard output."),
@@ -93,6 +95,7 @@ _COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "nar": (look.nar, "Write a NAR to standard output."),
     "verify": (check.verify, "Check all that is stored."),
     "rebuild": (check.rebuild, "Make the index anew."),
+    "doctor": (doctor.doctor, "Look for what is wrong, and say what to do."),
 }
 for _name, (_command, _short) in _COMMANDS.items():
     app.command(name=_name, short_help=_short)(_command)

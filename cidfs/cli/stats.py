@@ -163,6 +163,27 @@ def _show(now: Stats) -> None:
                 ("damaged or missing", f"{d.damaged:,}"),
             ],
         )
+        if d.nix is not None:
+            show_table(
+                f"Nix at {d.nix.socket} (process {d.nix.pid})",
+                [
+                    ("connections now / in all", f"{d.nix.connections:,} / {d.nix.connections_total:,}"),
+                    ("requests", f"{d.nix.requests:,}"),
+                    ("refused / connections ended for what they did", f"{d.nix.refused:,} / {d.nix.broken:,}"),
+                    ("answered as absent although published", f"{d.nix.withheld:,}"),
+                    ("started again", f"{d.nix.restarts:,}"),
+                ],
+            )
+        if d.overlays is not None and d.overlays.above:
+            show_table(
+                f"Overlays: {', '.join(d.overlays.above)}",
+                [
+                    ("reconfigured", f"{d.overlays.remounts:,}"),
+                    ("whiteouts taken out", f"{d.overlays.unveiled:,}"),
+                    ("shown up to serial", f"{d.overlays.confirmed:,}"),
+                    *([("new paths are not shown", d.overlays.complaint)] if d.overlays.complaint else []),
+                ],
+            )
         rows = [
             [
                 kind,

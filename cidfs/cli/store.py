@@ -23,6 +23,7 @@ from cidfs.local.store import LocalStore
 
 if TYPE_CHECKING:
     from cidfs.engine.nix_db import ValidPath
+    from cidfs.formats.realisation import Realisation
     from cidfs.formats.signing import PublicKey
 
 
@@ -32,12 +33,17 @@ def _ingest(
     *,
     asked_for: set[StorePath] | None = None,
     keep_going: bool = False,
+    realisations: Sequence[Realisation] = (),
 ) -> None:
-    """Run _ingesting, and report what failed."""
+    """Run _ingesting, then put the realisations of what is published; report what failed."""
     import trio
 
     failed: list[CidfsError] = []
     trio.run(partial(_ingesting, store, wanted, failed, asked_for=asked_for, keep_going=keep_going))
+    if realisations:
+        from cidfs.engine.nix_realisations import put_all
+
+        failed += [Conflict(each.conflict) for each in put_all(store, realisations) if each.conflict]
     _report(failed)
 
 
@@ -178,14 +184,16 @@ def import_(
     if (Path(source) / "nix-cache-info").is_file():
         raise UsageError(f"--from {source}: say a binary cache as a URL: {Path(source).absolute().as_uri()}")
     from cidfs.engine.nix_db import NixDatabase
+    from cidfs.engine.nix_realisations import realisations_in
 
     # closed before anything is read: a reader of its database keeps Nix from tidying up its log
     with NixDatabase(Path(source).absolute(), store_dir) as database:
         asked = list(database.all_paths()) if everything else [store_path(t, store_dir) for t in texts]
         ordered = database.ordered(asked, closure=closure or everything)
+        realisations = realisations_in(database, {valid.path for valid in ordered})
     wanted = [_wanted(database.physical(valid.path), valid) for valid in ordered]
     with GLOBALS.open_store(write=True, create=True) as store:
-        _ingest(store, wanted, asked_for=set(asked), keep_going=everything)
+        _ingest(store, wanted, asked_for=set(asked), keep_going=everything, realisations=realisations)
 
 
 def _wanted(where: Path, valid: ValidPath) -> Wanted:

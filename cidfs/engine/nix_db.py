@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from cidfs.errors import FormatError, PathAbsent, SourceError
 from cidfs.formats.digest import parse_sha256
@@ -94,24 +94,25 @@ class NixDatabase:
         """Return where a path's files lie on this machine."""
         return self.root / Path(self.store_dir).relative_to("/") / path.base_name
 
-    def info(self, path: StorePath) -> ValidPath:
-        """Return what Nix knows of a path; raise PathAbsent when it is not valid there."""
+    def rows(self, query: str, *parameters: object) -> list[Any]:
+        """Return the rows of a query; raise SourceError where the database cannot be read."""
         try:
-            row = self._db.execute(
-                "select id, hash, deriver, narSize, sigs, ca from ValidPaths where path = ?",
-                (path.full(self.store_dir),),
-            ).fetchone()
-            if row is None:
-                raise PathAbsent(
-                    f"{path.full(self.store_dir)}: not a valid path of the Nix store at {self.root}"
-                )
-            number, nar_hash, deriver, nar_size, sigs, ca = row
-            references = self._db.execute(
-                "select v.path from Refs r join ValidPaths v on v.id = r.reference where r.referrer = ?",
-                (number,),
-            ).fetchall()
+            return self._db.execute(query, parameters).fetchall()
         except sqlite3.Error as e:
             raise SourceError(f"{self.path}: cannot be read: {e}") from e
+
+    def info(self, path: StorePath) -> ValidPath:
+        """Return what Nix knows of a path; raise PathAbsent when it is not valid there."""
+        found = self.rows(
+            "select id, hash, deriver, narSize, sigs, ca from ValidPaths where path = ?",
+            path.full(self.store_dir),
+        )
+        if not found:
+            raise PathAbsent(f"{path.full(self.store_dir)}: not a valid path of the Nix store at {self.root}")
+        number, nar_hash, deriver, nar_size, sigs, ca = found[0]
+        references = self.rows(
+            "select v.path from Refs r join ValidPaths v on v.id = r.reference where r.referrer = ?", number
+        )
         try:
             return ValidPath(
                 path=path,
@@ -130,11 +131,7 @@ class NixDatabase:
 
     def all_paths(self) -> Iterator[StorePath]:
         """Yield every valid path."""
-        try:
-            rows = self._db.execute("select path from ValidPaths order by path").fetchall()
-        except sqlite3.Error as e:
-            raise SourceError(f"{self.path}: cannot be read: {e}") from e
-        for (text,) in rows:
+        for (text,) in self.rows("select path from ValidPaths order by path"):
             yield parse_store_path(text, self.store_dir)
 
     def ordered(self, paths: Sequence[StorePath], *, closure: bool) -> list[ValidPath]:

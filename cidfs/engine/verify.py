@@ -24,8 +24,9 @@ from cidfs.engine.verify_paths import PathCheck
 from cidfs.engine.workers import alone, for_each, pause
 from cidfs.errors import CidfsError
 from cidfs.local import pages
-from cidfs.local.audit import Note, count_notes, journal_notes
+from cidfs.local.audit import count_notes, journal_notes
 from cidfs.local.audit_rows import path_notes, place_notes
+from cidfs.local.notes import Note
 from cidfs.local.packs import pack_path
 from cidfs.local.rows import Place
 from cidfs.local.store import LocalStore, PublishedPath

@@ -9,10 +9,11 @@ A journal file is a row of frames (kind 16). Each frame holds what one transacti
                           u32 flags (bit 0: fetched, else own; bit 1: to be mirrored), record
     kind 2  amendment     u64 inode base of the publication, record
     kind 3  removal       u64 inode base of the publication, hash part 32
+    kind 4  realisation   the realisation's canonical form
     kind 5  checkpoint    u64 next serial, u64 next base,
-                          u32 count, serials (u64 each) of the live publications
+                          u32 count, serials (u64 each) of the entries that it keeps
 
-(4 is kept for realisations.) Records stand without their hints. An unknown kind refuses the store:
+Records stand without their hints. An unknown kind refuses the store:
 FormatError. Pure.
 """
 
@@ -67,15 +68,26 @@ class Removal:
 
 
 @dataclass(frozen=True, slots=True)
+class Realisation:
+    """An output of a derivation came to a store path that is published; of one id, the last entry counts.
+
+    body holds the canonical bytes, not decoded.
+    """
+
+    serial: int
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Everything below next_serial stands in this file; live are the serials of its publications."""
+    """Everything below next_serial stands in this file; live are the serials of its entries."""
 
     serial: int
     next_base: int
     live: tuple[int, ...]
 
 
-Entry = Publication | Amendment | Removal | Checkpoint
+Entry = Publication | Amendment | Removal | Realisation | Checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +108,8 @@ def _encode_entry(entry: Entry) -> bytes:
             kind, payload = 2, _BASE.pack(entry.base) + entry.record
         case Removal():
             kind, payload = 3, _BASE.pack(entry.base) + check_hash_part(entry.hash_part).encode()
+        case Realisation():
+            kind, payload = 4, entry.body
         case Checkpoint():
             live = struct.pack(f"<{len(entry.live)}Q", *entry.live)
             kind, payload = 5, _CHECKPOINT.pack(entry.serial, entry.next_base, len(entry.live)) + live
@@ -149,6 +163,8 @@ def _decode_entry(kind: int, serial: int, payload: bytes) -> Entry:
                 raise FormatError("journal: a removal of wrong length")
             hash_part = check_hash_part(payload[_BASE.size :].decode("ascii"))
             return Removal(serial, _BASE.unpack_from(payload)[0], hash_part)
+        if kind == 4:
+            return Realisation(serial, payload)
         if kind == 5:
             next_serial, next_base, count = _CHECKPOINT.unpack_from(payload)
             if next_serial != serial or len(payload) != _CHECKPOINT.size + 8 * count:

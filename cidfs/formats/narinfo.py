@@ -14,9 +14,9 @@ from typing import Final
 import msgspec
 
 from cidfs.errors import FormatError
+from cidfs.formats.canonical import MAX_SIGNATURES
 from cidfs.formats.digest import parse_sha256, sha256_text
 from cidfs.formats.nar import MAX_FILE
-from cidfs.formats.record import MAX_SIGNATURES
 from cidfs.formats.store_path import StorePath, parse_base_name, parse_store_path
 
 MAX_SIZE: Final = 8 << 20

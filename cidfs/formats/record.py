@@ -16,14 +16,12 @@ The body is what a record's signature covers, behind the domain tag `cidfs-recor
 
 from __future__ import annotations
 
-import itertools
-import re
-import struct
 from typing import Final
 
 import msgspec
 
 from cidfs.errors import FormatError
+from cidfs.formats.canonical import U16, U32, U64, Reader, signatures, text
 from cidfs.formats.chunking import MAXIMUM
 from cidfs.formats.manifest import DIRECTORY, MAX_NODES, NODE_SIZE, SYMLINK, decode_node
 from cidfs.formats.nar import MAX_FILE, MAX_TARGET
@@ -32,12 +30,8 @@ from cidfs.formats.store_path import HASH_PART_LENGTH, StorePath, check_hash_par
 DOMAIN_TAG: Final = b"cidfs-record-1"
 MAGIC: Final = b"cidfsrec1"
 MAX_SIZE: Final = 64 << 20
-MAX_SIGNATURES: Final = 1000
 KNOWN_FEATURES: Final = 0
-_PRINTABLE: Final = re.compile(rb"[ -~]*")
-_U16: Final = struct.Struct("<H")
-_U32: Final = struct.Struct("<I")
-_U64: Final = struct.Struct("<Q")
+_WHAT: Final = "record"  # in errors
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,32 +58,22 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
         return self.path.full(self.store_dir)
 
 
-def _text(value: str) -> bytes:
-    try:
-        raw = value.encode("ascii")
-    except UnicodeEncodeError:
-        raise FormatError(f"record: {value[:80]!r} is not ASCII") from None
-    if len(raw) > 0xFFFF:
-        raise FormatError(f"record: a text of {len(raw)} bytes")
-    return _U16.pack(len(raw)) + raw
-
-
 def body(record: Record) -> bytes:
     """Return the bytes that a record's signature covers (behind DOMAIN_TAG)."""
     return b"".join(
         (
             MAGIC,
-            _text(record.full_path),
+            text(_WHAT, record.full_path),
             record.nar_hash,
-            _U64.pack(record.nar_size),
-            _U32.pack(len(record.references)),
-            *(_text(r) for r in record.references),
-            _text(record.deriver),
-            _text(record.ca),
+            U64.pack(record.nar_size),
+            U32.pack(len(record.references)),
+            *(text(_WHAT, r) for r in record.references),
+            text(_WHAT, record.deriver),
+            text(_WHAT, record.ca),
             record.manifest,
-            _U32.pack(record.node_count),
+            U32.pack(record.node_count),
             record.root_row,
-            _U64.pack(record.features),
+            U64.pack(record.features),
         )
     )
 
@@ -101,58 +85,13 @@ def encode(record: Record, *, hints: bool = True) -> bytes:
     """
     closure = record.hints if hints else ()
     parts = [body(record)]
-    for group in (record.signatures, record.seals):
-        if len(group) > MAX_SIGNATURES:
-            raise FormatError(f"record: {len(group)} signatures")
-        parts.append(_U16.pack(len(group)))
-        parts.extend(_text(s) for s in group)
-    parts.append(_U32.pack(len(closure)))
+    parts.extend(signatures(_WHAT, group) for group in (record.signatures, record.seals))
+    parts.append(U32.pack(len(closure)))
     parts.extend(check_hash_part(h).encode() for h in closure)
     whole = b"".join(parts)
     if decode(whole) != msgspec.structs.replace(record, hints=closure):
         raise FormatError(f"record: the one of {record.path} is not in canonical form")
     return whole
-
-
-class _Reader:
-    def __init__(self, data: bytes) -> None:
-        self.data = data
-        self.at = 0
-
-    def take(self, count: int) -> bytes:
-        if self.at + count > len(self.data):
-            raise FormatError(f"record: ends too early, at byte {len(self.data)}")
-        self.at += count
-        return self.data[self.at - count : self.at]
-
-    def number(self, form: struct.Struct) -> int:
-        value: int = form.unpack(self.take(form.size))[0]
-        return value
-
-    def text(self) -> str:
-        start = self.at
-        raw = self.take(self.number(_U16))
-        if not _PRINTABLE.fullmatch(raw):
-            raise FormatError(f"record: a text that is not printable ASCII, at byte {start}")
-        return raw.decode()
-
-    def count(self, form: struct.Struct, each: int) -> int:
-        value = self.number(form)
-        if value * each > len(self.data) - self.at:
-            raise FormatError(f"record: {value} items do not fit, at byte {self.at}")
-        return value
-
-    def texts(self, form: struct.Struct) -> tuple[str, ...]:
-        found = tuple(self.text() for _ in range(self.count(form, 2)))
-        if any(a >= b for a, b in itertools.pairwise(found)):
-            raise FormatError(f"record: a list that is not sorted, before byte {self.at}")
-        return found
-
-    def signatures(self) -> tuple[str, ...]:
-        found = self.texts(_U16)
-        if len(found) > MAX_SIGNATURES:
-            raise FormatError(f"record: {len(found)} signatures")
-        return found
 
 
 def _check_store_dir(store_dir: str) -> str:
@@ -180,7 +119,7 @@ def decode(data: bytes) -> Record:
     """Return the record of canonical bytes; raise FormatError for all others."""
     if len(data) > MAX_SIZE:
         raise FormatError(f"record: {len(data)} bytes")
-    r = _Reader(data)
+    r = Reader(_WHAT, data)
     if r.take(len(MAGIC)) != MAGIC:
         raise FormatError("record: no magic")
     where = r.text()
@@ -189,29 +128,28 @@ def decode(data: bytes) -> Record:
         raise FormatError(f"record: {where!r} is not an absolute store path")
     _check_store_dir(store_dir)
     path = parse_base_name(base)
-    nar_hash, nar_size = r.take(32), r.number(_U64)
+    nar_hash, nar_size = r.take(32), r.number(U64)
     if nar_size > MAX_FILE:
         raise FormatError(f"record: a NAR of {nar_size} bytes")
-    references = r.texts(_U32)
+    references = r.texts(U32)
     for name in references:
         parse_base_name(name)
     deriver, ca = r.text(), r.text()
     if deriver:
         parse_base_name(deriver)
-    manifest, node_count, root_row = r.take(32), r.number(_U32), r.take(NODE_SIZE)
+    manifest, node_count, root_row = r.take(32), r.number(U32), r.take(NODE_SIZE)
     if not 0 < node_count <= MAX_NODES:
         raise FormatError(f"record: {node_count} nodes")
     _check_root(root_row, node_count)
-    features = r.number(_U64)
-    signatures, seals = r.signatures(), r.signatures()
+    features = r.number(U64)
+    nix_signatures, seals = r.signatures(), r.signatures()
     hints = []
-    for _ in range(r.count(_U32, HASH_PART_LENGTH)):
+    for _ in range(r.count(U32, HASH_PART_LENGTH)):
         try:
             hints.append(check_hash_part(r.take(HASH_PART_LENGTH).decode("ascii")))
         except UnicodeDecodeError:
             raise FormatError("record: a hint that is no hash part") from None
-    if r.at != len(data):
-        raise FormatError(f"record: bytes after its end, at byte {r.at}")
+    r.end()
     return Record(
         store_dir=store_dir,
         path=path,
@@ -224,10 +162,24 @@ def decode(data: bytes) -> Record:
         node_count=node_count,
         root_row=root_row,
         features=features,
-        signatures=signatures,
+        signatures=nix_signatures,
         seals=seals,
         hints=tuple(hints),
     )
+
+
+def references_in(data: bytes) -> list[bytes]:
+    """Return the references of canonical bytes that were decoded before; all else is not looked at."""
+    at = len(MAGIC)
+    at += 2 + U16.unpack_from(data, at)[0] + 32 + 8  # store path, NAR hash and size
+    found = []
+    count = U32.unpack_from(data, at)[0]
+    at += 4
+    for _ in range(count):
+        stop = at + 2 + U16.unpack_from(data, at)[0]
+        found.append(data[at + 2 : stop])
+        at = stop
+    return found
 
 
 def decode_known(data: bytes) -> Record:

@@ -11,7 +11,6 @@ import os
 import zlib
 from array import array
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -20,28 +19,16 @@ from cidfs.formats import frames, journal, record
 from cidfs.formats.chunking import MAXIMUM
 from cidfs.formats.digest import checksum
 from cidfs.local import tables
+from cidfs.local.audit_realisations import SaidRealisations
 from cidfs.local.files import disk_errors, mapped
 from cidfs.local.journal import journal_files
+from cidfs.local.notes import Note
+from cidfs.local.rows import DATABASES, LATER
 from cidfs.local.store import LocalStore
 
 GAPS_SHOWN: Final = 20
 ATTEMPTS: Final = 3
 _WINDOW: Final = 1 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Note:
-    """One thing that is wrong. kind: index, journal or inodes; what: the row, serial or store path."""
-
-    kind: str
-    what: str
-    where: str
-    text: str
-
-    @property
-    def line(self) -> str:
-        """The line for people."""
-        return f"{self.where}: {self.text}"
 
 
 def lost_rows(store: LocalStore) -> list[str]:
@@ -53,7 +40,7 @@ def count_notes(store: LocalStore) -> list[Note]:
     """Compare the number of rows of each database with what its last commit noted."""
     notes = []
     with store.read() as txn:
-        for name in sorted(set(txn.index.db) - {"meta"}):
+        for name in sorted({*DATABASES, *LATER} - {"meta"}):
             noted, there = txn.number(f"count:{name}"), txn.entries(name)
             if noted != there:
                 text = f"{name} has {there} rows where {noted} were written; run `cidfs rebuild`"
@@ -199,6 +186,7 @@ class _Said:
         self._gone: set[tuple[str, int]] = set()
         self._records: dict[tuple[str, int], tuple[int, bytes]] = {}  # the latest that are to be compared
         self._unsaid: dict[str, int] = {}  # paths of the index whose serial was not met
+        self._realisations = SaidRealisations(store)
         self._gaps: list[str] = []
         self._notes: list[Note] = []
 
@@ -238,6 +226,8 @@ class _Said:
     def _compare(self, entry: journal.Entry) -> None:
         if isinstance(entry, journal.Removal):
             self._gone.add((entry.hash_part, entry.base))
+        elif isinstance(entry, journal.Realisation):
+            self._realisations.take(entry)
         elif isinstance(entry, journal.Publication | journal.Amendment):
             hash_part = record.decode(entry.record).path.hash_part
             key = (hash_part, entry.base)
@@ -250,11 +240,12 @@ class _Said:
                 self._records[key] = (entry.serial, checksum(entry.record))
 
     def look_at_index(self, next_serial: int) -> None:
-        """Note the paths whose publication the journal did not say."""
+        """Note the paths and realisations that the journal did not say."""
         for published in self._store.paths():
             serial = published.row.serial
             if serial < next_serial and not self._met.has(serial):
                 self._unsaid[published.path.hash_part] = serial
+        self._realisations.look_at_index(next_serial, self._met.has)
 
     def judge(self, folder: Path) -> Iterator[Note]:
         """Say what differs; under the lock, when all was read."""
@@ -285,6 +276,7 @@ class _Said:
             if row is not None and row.base == base and known is not None and checksum(known) != check:
                 text = "index and journal have different records; run `cidfs rebuild`"
                 yield Note("index", hash_part, hash_part, text)
+        yield from self._realisations.judge(self._met.has)
 
     def _lost(self, where: str) -> Iterator[Note]:
         """Name the serials that should be there and are not."""
@@ -313,11 +305,16 @@ class _Serials:
         self._pages: dict[int, array[int]] = {}
         self.top = 0
 
-    def note(self, entry: journal.Publication | journal.Amendment | journal.Removal) -> tuple[int, int]:
+    def note(
+        self, entry: journal.Publication | journal.Amendment | journal.Removal | journal.Realisation
+    ) -> tuple[int, int]:
         """Note an entry; return the check that its serial had before (0 for none) and the one it has now."""
         self.top = max(self.top, entry.serial)
-        contents = entry.hash_part.encode() if isinstance(entry, journal.Removal) else entry.record
-        check = zlib.crc32(contents, entry.base & 0xFFFFFFFF) | 1
+        if isinstance(entry, journal.Realisation):
+            check = zlib.crc32(entry.body) | 1
+        else:
+            contents = entry.hash_part.encode() if isinstance(entry, journal.Removal) else entry.record
+            check = zlib.crc32(contents, entry.base & 0xFFFFFFFF) | 1
         page = self._pages.setdefault(entry.serial >> 10, _EMPTY[:])
         old = page[entry.serial & 1023]
         page[entry.serial & 1023] = old or check

@@ -18,8 +18,9 @@ from cidfs.formats.digest import cid_text
 from cidfs.formats.frames import HEADER_SIZE
 from cidfs.formats.pack import HEADER
 from cidfs.local import tables
-from cidfs.local.audit import Note
+from cidfs.local.audit_realisations import realisation_notes
 from cidfs.local.index import ReadTxn
+from cidfs.local.notes import Note
 from cidfs.local.packs import pack_path
 from cidfs.local.rows import InodeRow, PackRow, PathRow, Place, key_number, number_key
 from cidfs.local.state import FIRST_INODE
@@ -64,7 +65,10 @@ def _key_text(database: str, key: bytes) -> str:
 
 
 def path_notes(store: LocalStore, step: Callable[[int], None] = lambda count: None) -> Iterator[Note]:
-    """Check of each path its inode range, its referrers' rows and whether it is whole; then the ranges."""
+    """Check of each path its inode range, its referrers' rows and whether it is whole.
+
+    Then the ranges, and the realisations.
+    """
     expected = 0
 
     def check(txn: ReadTxn, key: bytes, raw: bytes | None) -> Iterator[Note]:
@@ -107,6 +111,7 @@ def path_notes(store: LocalStore, step: Callable[[int], None] = lambda count: No
     if differ:  # or something was published or removed meanwhile
         yield from _walk(store, "referrers", _check_referrer)
     yield from _range_notes(store)
+    yield from realisation_notes(store, _walk)
 
 
 def _check_referrer(txn: ReadTxn, key: bytes, raw: bytes | None) -> Iterator[Note]:

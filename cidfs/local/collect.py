@@ -11,6 +11,7 @@ Synchronous; one collection at a time.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from typing import Final
@@ -199,13 +200,15 @@ class _Collection:
                 if now != bases or len(ranges) < 2 * len(bases):
                     bases, ranges = self._removed_entries()
                 serials = [PathRow.unpack(raw).serial for _, raw in txn.rows("paths") if raw is not None]
-                if len(serials) != txn.number("count:paths"):
-                    raise IndexLost(f"{index.path}: rows of `paths` are lost; run `cidfs rebuild`")
-                live = tables.iterate_publications(txn)
+                realised = [e.serial for e in tables.iterate_realisations(txn)]
+                for name, found in (("paths", serials), ("realisations", realised)):
+                    if len(found) != txn.number(f"count:{name}"):
+                        raise IndexLost(f"{index.path}: rows of `{name}` are lost; run `cidfs rebuild`")
+                entries: Iterator[journal.Entry] = itertools.chain(
+                    ranges, tables.iterate_publications(txn), tables.iterate_realisations(txn)
+                )
                 self._store.publisher.write_checkpoint(
-                    index,
-                    [*serials, *(e.serial for e in ranges)],
-                    (e for part in (ranges, live) for e in part),
+                    index, [*serials, *realised, *(e.serial for e in ranges)], entries
                 )
 
     def _removed_entries(self) -> tuple[set[int], list[journal.Entry]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import threading
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from cidfs.local import pages
 from cidfs.local.files import allocate, disk_errors
 from cidfs.local.rows import (
     DATABASES,
+    LATER,
     PACK_ID_SIZE,
     SCHEMA,
     PackRow,
@@ -121,6 +123,8 @@ class Index:
         self.path = path
         self.number = number
         self.damaged_rows = 0
+        self._read_only = not write
+        self._opening = threading.Lock()
         if not create:
             pages.check(path)
         _allocate_lock_file(path)
@@ -129,9 +133,11 @@ class Index:
         _OPEN[self._name] = self
         try:
             self.env.reader_check()
+            # never changed, but replaced: a transaction knows those alone that were open when it began
             self.db: dict[str, Any] = {
                 name: self.env.open_db(name.encode(), create=create) for name in DATABASES
             }
+            self.open_later()
         except lmdb.Error as e:
             if create:
                 raise DiskFailed(f"{path}: an index cannot be made ({e}); is the disk full?") from e
@@ -142,6 +148,25 @@ class Index:
                 txn.put_number("next-base", FIRST_INODE)
                 txn.put_number("schema", SCHEMA)
         self.check_schema()
+
+    def later_made(self) -> list[str]:
+        """Return the databases of LATER that were made, by another process, and are not open here."""
+        if len(self.db) == len(DATABASES) + len(LATER):
+            return []
+        try:
+            with self.env.begin(buffers=False) as raw:
+                return [name for name in LATER if name not in self.db and raw.get(name.encode()) is not None]
+        except lmdb.Error as e:
+            raise self._unreadable(e) from e
+
+    def open_later(self) -> None:
+        """Open them. Of an index for writing, under the write lock: it takes LMDB's own lock there."""
+        with self._opening:
+            for name in self.later_made():
+                try:
+                    self.db = {**self.db, name: self.env.open_db(name.encode(), create=False)}
+                except lmdb.Error as e:
+                    raise self._unreadable(e) from e
 
     def check_schema(self) -> None:
         """Raise StoreVersion for an index of another schema, IndexLost when it does not say."""
@@ -158,9 +183,12 @@ class Index:
     @contextlib.contextmanager
     def read(self) -> Iterator[ReadTxn]:
         """Open a read transaction for one synchronous block."""
+        if self._read_only and self.later_made():
+            self.open_later()
+        db = self.db
         try:
             with self.env.begin(buffers=False) as raw:
-                yield ReadTxn(self, raw)
+                yield ReadTxn(self, raw, db)
         except lmdb.Error as e:
             raise self._unreadable(e) from e
 
@@ -175,6 +203,7 @@ class Index:
                 txn = WriteTxn(self, raw)
                 yield txn
                 txn.settle()
+            self.db = txn.db
         except _DAMAGE as e:
             raise IndexLost(f"{self.path}: the index is damaged ({e}); run `cidfs rebuild`") from e
         except lmdb.Error as e:
@@ -182,6 +211,9 @@ class Index:
 
     def get(self, database: str, key: bytes) -> bytes | None:
         """Return one checked row in a transaction of its own, or None. The fast path of every look-up."""
+        if database in LATER:
+            with self.read() as txn:
+                return txn.get(database, key)
         try:
             with self.env.begin(buffers=False) as raw:
                 stored = raw.get(key, db=self.db[database])
@@ -213,21 +245,27 @@ class Index:
 
 
 class ReadTxn:
-    """Checked reads in one transaction."""
+    """Checked reads in one transaction. db: the databases that it knows; one of LATER may be missing."""
 
-    def __init__(self, index: Index, raw: Any) -> None:
+    def __init__(self, index: Index, raw: Any, db: dict[str, Any]) -> None:
         self.index = index
         self.raw = raw
+        self.db = db
 
     def get(self, database: str, key: bytes) -> bytes | None:
         """Return a row, or None when it is absent or damaged."""
-        stored = self.raw.get(key, db=self.index.db[database])
+        if self._is_absent(database):
+            return None
+        stored = self.raw.get(key, db=self.db[database])
         if stored is None:
             return None
         value = unseal(database.encode(), key, stored)
         if value is None:
             self.index.damaged_rows += 1
         return value
+
+    def _is_absent(self, database: str) -> bool:
+        return database not in self.db and database in LATER
 
     def number(self, name: str) -> int:
         """Return a number of `meta`; 0 when it is not there."""
@@ -248,8 +286,10 @@ class ReadTxn:
 
         Reversed: from the last key that is not above start.
         """
+        if self._is_absent(database):
+            return
         name = database.encode()
-        with self.raw.cursor(db=self.index.db[database]) as cursor:
+        with self.raw.cursor(db=self.db[database]) as cursor:
             if reverse:
                 if not cursor.set_range(start):
                     found = cursor.last()
@@ -267,32 +307,40 @@ class ReadTxn:
 
     def entries(self, database: str) -> int:
         """Return how many rows a database has."""
-        return int(self.raw.stat(self.index.db[database])["entries"])
+        if self._is_absent(database):
+            return 0
+        return int(self.raw.stat(self.db[database])["entries"])
 
 
 class WriteTxn(ReadTxn):
     """Checked reads and writes in one transaction; keeps the counts in `meta` and the packs' sums right."""
 
     def __init__(self, index: Index, raw: Any) -> None:
-        super().__init__(index, raw)
+        super().__init__(index, raw, index.db)
+        for name in LATER:
+            if name not in self.db and raw.get(name.encode()) is not None:
+                self.db = {**self.db, name: index.env.open_db(name.encode(), txn=raw)}
         self._touched: set[str] = set()
         self._packs: dict[bytes, list[int]] = {}
 
     def put(self, database: str, key: bytes, value: bytes) -> None:
         """Write a row."""
         self._touched.add(database)
-        self.raw.put(key, seal(database.encode(), key, value), db=self.index.db[database])
+        if self._is_absent(database):
+            made = self.index.env.open_db(database.encode(), txn=self.raw)
+            self.db = {**self.db, database: made}
+        self.raw.put(key, seal(database.encode(), key, value), db=self.db[database])
 
     def delete(self, database: str, key: bytes) -> None:
         """Delete a row if it is there."""
+        if self._is_absent(database):
+            return
         self._touched.add(database)
-        self.raw.delete(key, db=self.index.db[database])
+        self.raw.delete(key, db=self.db[database])
 
     def put_number(self, name: str, value: int) -> None:
         """Write a number of `meta`."""
-        self.raw.put(
-            name.encode(), seal(b"meta", name.encode(), pack_number(value)), db=self.index.db["meta"]
-        )
+        self.raw.put(name.encode(), seal(b"meta", name.encode(), pack_number(value)), db=self.db["meta"])
 
     def put_place(self, database: str, digest: bytes, place: Place) -> None:
         """Say where a chunk or a manifest lies, and count it for its pack."""

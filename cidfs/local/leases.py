@@ -18,6 +18,7 @@ import msgspec
 from cidfs.local.files import disk_errors, leads_to, try_flock, write_all
 
 MOUNT: Final = "mount"
+HOLDER: Final = "holder"  # of a mount's parent process, which reads nothing
 INGEST: Final = "ingest"
 UNKNOWN: Final = "unknown"  # of one that cannot be read: it may be anything
 
@@ -31,6 +32,7 @@ class LeaseInfo(msgspec.Struct, frozen=True, kw_only=True):
     started: float
     mountpoint: str = ""
     transport: str = ""
+    nix_socket: str = ""
 
 
 class Lease:
@@ -53,7 +55,9 @@ class Lease:
             self._fd = -1
 
 
-def take(folder: Path, kind: str, serial: int, *, mountpoint: str = "", transport: str = "") -> Lease:
+def take(
+    folder: Path, kind: str, serial: int, *, mountpoint: str = "", transport: str = "", nix_socket: str = ""
+) -> Lease:
     """Say in run/ that this process is at work, since a serial. To be called before its first look-up."""
     info = LeaseInfo(
         kind=kind,
@@ -62,6 +66,7 @@ def take(folder: Path, kind: str, serial: int, *, mountpoint: str = "", transpor
         started=time.time(),
         mountpoint=mountpoint,
         transport=transport,
+        nix_socket=nix_socket,
     )
     while True:
         path = folder / f"{kind}-{os.getpid()}-{os.urandom(4).hex()}.lease"
@@ -126,4 +131,4 @@ def oldest_mount(found: Sequence[tuple[Path, LeaseInfo]]) -> int | None:
 
 def at_work(found: Sequence[tuple[Path, LeaseInfo]]) -> set[Path]:
     """Return the leases of those who may rely on what they looked up until they end: all but mounts."""
-    return {path for path, info in found if info.kind != MOUNT}
+    return {path for path, info in found if info.kind not in (MOUNT, HOLDER)}

@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Final
 
 from cidfs.errors import ChunkInvalid, ChunkMissing
-from cidfs.formats import record
+from cidfs.formats import realisation, record
 from cidfs.formats.digest import cid_text
 from cidfs.formats.manifest import Manifest
+from cidfs.formats.realisation import Realisation
 from cidfs.formats.store_path import StorePath
 from cidfs.local import tables
 from cidfs.local.index import Index, ReadTxn
 from cidfs.local.packs import PackReader
-from cidfs.local.rows import InodeRow, PackRow, PathRow, Place, key_number, number_key
+from cidfs.local.rows import InodeRow, PackRow, PathRow, Place, RealisationRow, key_number, number_key
 from cidfs.local.state import FIRST_INODE
 
 PAGE: Final = 1000
@@ -76,6 +77,25 @@ class Lookups(ABC):
         """Return the hash parts of the published paths that refer to a path."""
         with self.read() as txn:
             return [r.decode() for r in tables.referrers(txn, hash_part.encode())]
+
+    def realisation(self, identity: str) -> Realisation | None:
+        """Return what an output came to, by the id that Nix has for it, or None. Its path is published."""
+        raw = self.current().get("realisations", realisation.key_of(identity))
+        return _realisation(raw) if raw is not None else None
+
+    def realisations_of(self, path: StorePath) -> list[Realisation]:
+        """Return the realisations that came to a path, by their ids."""
+        with self.read() as txn:
+            rows = [txn.get("realisations", key) for key in tables.realised(txn, path.hash_part.encode())]
+        found = (_realisation(raw) for raw in rows if raw is not None)
+        return sorted((each for each in found if each.store_path == path), key=lambda each: each.id)
+
+    def realisations(self) -> Iterator[tuple[int, Realisation]]:
+        """Yield serial and value of all realisations, a page a transaction."""
+        for page in self._pages("realisations"):
+            for _, raw in page:
+                if raw is not None:
+                    yield RealisationRow.unpack(raw).serial, _realisation(raw)
 
     def range_of(self, inode: int) -> tuple[int, InodeRow] | None:
         """Return base and row of the range that an inode number is in, or None."""
@@ -189,3 +209,7 @@ class Lookups(ABC):
 
 def _store_path(hash_part: bytes, row: PathRow) -> StorePath:
     return StorePath(hash_part.decode(), row.name.decode())
+
+
+def _realisation(raw: bytes) -> Realisation:
+    return realisation.decode(RealisationRow.unpack(raw).body)

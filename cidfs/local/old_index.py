@@ -34,6 +34,10 @@ class OldIndex:
         """Return what is published, as the journal would say it; None where a row of it is lost."""
         return self._ask(tables.publications)
 
+    def realisations(self) -> list[journal.Realisation]:
+        """Return the realisations whose rows are whole, as the journal would say them."""
+        return self._ask(lambda txn: list(tables.iterate_realisations(txn))) or []
+
     def removed_ranges(self) -> list[tuple[int, RemovedRow, bytes]]:
         """Return inode base and rows of the removed paths that a mount may still know."""
         return self._ask(_removed_ranges) or []

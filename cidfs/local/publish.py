@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from typing import Final
 
 from cidfs.errors import ChunkMissing, IndexLost, InUse, PathAbsent
-from cidfs.formats import journal, record
+from cidfs.formats import journal, realisation, record
 from cidfs.formats.digest import cid_text
 from cidfs.formats.store_path import StorePath
 from cidfs.local import tables
 from cidfs.local.index import Index, WriteTxn
 from cidfs.local.journal import Journal
 from cidfs.local.packs import pack_path
-from cidfs.local.rows import PLACE_SIZE, PathRow, Place, key_number, number_key
+from cidfs.local.rows import PLACE_SIZE, PathRow, Place, RealisationRow, key_number, number_key
 from cidfs.local.state import StateFolder
 
 INODE_STEP: Final = 1 << 20
@@ -51,6 +51,17 @@ class Published:
     new: bool
     amended: bool = False
     conflict: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Realised:
+    """What became of a realisation; nothing, where it is there already. absent: its path is not published."""
+
+    id: str
+    new: bool
+    merged: bool = False
+    conflict: str = ""
+    absent: bool = False
 
 
 class Publisher:
@@ -116,6 +127,43 @@ class Publisher:
             frame = self._note_entries(txn, serial, entries)
         self._say(foreign, serial, frame)
         return gone
+
+    def put_realisations(self, index: Index, group: Sequence[realisation.Realisation]) -> list[Realised]:
+        """Put realisations in one transaction and have them in the journal; under the write lock."""
+        self._check_age(index)
+        outcomes: list[Realised] = []
+        with index.write() as txn:
+            foreign = self._settle_pending(txn)
+            entries: list[journal.Realisation] = []
+            serial = txn.needed_number("next-serial")
+            for value in group:
+                outcome, body = self._put_one(txn, value)
+                outcomes.append(outcome)
+                if body:
+                    entries.append(journal.Realisation(serial + len(entries), body))
+                    tables.put_realisation(txn, entries[-1])
+            frame = self._note_entries(txn, serial, entries)
+        self._say(foreign, serial, frame)
+        return outcomes
+
+    @staticmethod
+    def _put_one(txn: WriteTxn, new: realisation.Realisation) -> tuple[Realised, bytes]:
+        """Return what becomes of a realisation, and the bytes to write; empty for nothing."""
+        path = new.store_path
+        row = tables.find_path(txn, path.hash_part.encode())
+        if row is None or row.name != path.name.encode():
+            return Realised(new.id, new=False, absent=True), b""
+        raw = txn.get("realisations", realisation.key_of(new.id))
+        if raw is None:
+            return Realised(new.id, new=True), realisation.encode(new)
+        old = realisation.decode(RealisationRow.unpack(raw).body)
+        reason = realisation.difference(old, new)
+        if reason:
+            return Realised(new.id, new=False, conflict=f"{new.id}: {reason}; the first stays"), b""
+        merged = realisation.merge(old, new)
+        if merged == old:
+            return Realised(new.id, new=False), b""
+        return Realised(new.id, new=False, merged=True), realisation.encode(merged)
 
     def say_pending(self, index: Index) -> None:
         """Have all of `pending` in the journal; under the write lock."""

@@ -136,10 +136,11 @@ class _Rebuild:
         numbers = [int(name) for name in os.listdir(self._state.root / "index") if name.isdigit()]
         with index.read() as txn:
             removed = dict(tables.removed_ranges(txn))
+            realised = list(tables.iterate_realisations(txn))
         oldest = oldest_mount(self._state.leases())
         remembered = {base for base, row in removed.items() if oldest is not None and oldest <= row.serial}
         return self._journal.write_checkpoint(
-            [*live, *tables.ranges_in(replay.entries.values(), remembered)],
+            [*live, *realised, *tables.ranges_in(replay.entries.values(), remembered)],
             replay.next_serial,
             next_base,
             above=max(numbers, default=0),
@@ -155,6 +156,9 @@ class _Rebuild:
             ]
             said = list(replay.entries.values())
             replay.entries = {entry.serial: entry for entry in published}
+            # those of the journal too: of a path that has gone since, none is applied
+            realised = [e for e in said if isinstance(e, journal.Realisation)]
+            replay.entries.update((e.serial, e) for e in (*realised, *old.realisations()))
             self._carried = old.removed_ranges()
             pairs = tables.ranges_in(said, {base for base, _, _ in self._carried})
             replay.entries.update((entry.serial, entry) for entry in pairs)
@@ -205,6 +209,8 @@ class _Rebuild:
                 if old is not None and old.base == entry.base:
                     tables.drop_publication(txn, entry)
                     del live[entry.hash_part]
+            case journal.Realisation():
+                tables.put_realisation(txn, entry)
             case journal.Checkpoint():
                 raise FormatError("journal: a checkpoint among the entries")
 

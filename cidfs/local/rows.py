@@ -24,6 +24,7 @@ DATABASES: Final = (
     "packs",
     "referrers",
 )
+LATER: Final = ("realisations", "outputs")  # made with the first row that is put in
 PACK_ID_SIZE: Final = 12
 
 _PLACE: Final = struct.Struct("<12sIIIBB")
@@ -130,6 +131,14 @@ class PathRow:
         return cls(base, count, serial, whole, flags, size, files, manifest, root, row[_PATH.size :])
 
 
+_WHOLE_AT: Final = 20
+
+
+def head_of_path(row: bytes) -> tuple[int, bytes]:
+    """Return of a published path's row when it became whole, and its name: what most look-ups need."""
+    return _U64.unpack_from(row, _WHOLE_AT)[0], row[_PATH.size :]
+
+
 class InodeRow(NamedTuple):
     """Whose inode range this is. hash_part as ASCII."""
 
@@ -173,6 +182,22 @@ REMOVED: Final = b"removed:"
 def removed_key(base: int) -> bytes:
     """Return the key in `meta` of a removed path's inode range."""
     return REMOVED + number_key(base)
+
+
+class RealisationRow(NamedTuple):
+    """A realisation: serial of the entry that it is from, and its canonical bytes."""
+
+    serial: int
+    body: bytes
+
+    def packed(self) -> bytes:
+        """Return the row."""
+        return _U64.pack(self.serial) + self.body
+
+    @classmethod
+    def unpack(cls, row: bytes) -> RealisationRow:
+        """Return the realisation of a row."""
+        return cls(_U64.unpack_from(row)[0], row[8:])
 
 
 class PackRow(NamedTuple):

@@ -268,6 +268,8 @@ _OUR_NAMES: Final = {
     "journal",
     "lost+found",
     "next-inode",
+    "nix.sock",
+    "nix.sock.lock",
     "packs",
     "run",
     "write.lock",

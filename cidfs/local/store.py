@@ -23,6 +23,7 @@ from cidfs.errors import (
     LockTimeout,
     StoreAbsent,
 )
+from cidfs.formats.realisation import Realisation
 from cidfs.formats.store_path import DEFAULT_STORE_DIR, StorePath
 from cidfs.local import removal, room
 from cidfs.local.files import sync_folder
@@ -31,7 +32,7 @@ from cidfs.local.journal import Journal
 from cidfs.local.leases import Lease
 from cidfs.local.lookups import Lookups, PublishedPath
 from cidfs.local.packs import CACHE, PackReader, PackWriter
-from cidfs.local.publish import Candidate, Published, Publisher
+from cidfs.local.publish import Candidate, Published, Publisher, Realised
 from cidfs.local.rows import (
     PACK_ID_SIZE,
     Place,
@@ -152,10 +153,13 @@ class LocalStore(Lookups):
         """Look whether another index counts now, and use it; say whether it did.
 
         An index that is gone altogether leaves the old one in use: its file is still mapped here. So does a
-        store that was opened for writing and whose write lock is not had within timeout seconds.
+        store that was opened for writing and whose write lock is not had within timeout seconds; it does not
+        see a database that another process made, either.
         """
         with self._swap:
-            if self.state.index_stamp() in (self._stamp, None):
+            stamp = self.state.index_stamp()
+            same = stamp in (self._stamp, None)
+            if same and not (self._write and stamp is not None and self._index.later_made()):
                 return False
         # opening for writing takes LMDB's lock: only under the write lock can nobody hold that for ever
         lock = self.state.write_lock(timeout) if self._write else contextlib.nullcontext()
@@ -163,7 +167,8 @@ class LocalStore(Lookups):
             with lock, self._swap:
                 before = self._stamp
                 if self.state.index_stamp() == before:
-                    return True  # another thread was quicker
+                    self._index.open_later()
+                    return not same  # another thread was quicker
                 try:
                     # the old environment closes with the last transaction that uses it
                     self._index = self._open_current()
@@ -218,6 +223,7 @@ class LocalStore(Lookups):
                 sync_folder(self.state.root / "index")  # whoever switched it may have died before doing so
                 self._folder_known.add(self._index.number)
             self._index.check_schema()
+            self._index.open_later()
             yield self._index
 
     def put_places(self, database: str, rows: Sequence[tuple[bytes, Place]], writer: PackWriter) -> None:
@@ -271,3 +277,13 @@ class LocalStore(Lookups):
         """
         with self.transaction() as index:
             return self._publisher.publish(index, group)
+
+    def put_realisations(self, group: Sequence[Realisation]) -> list[Realised]:
+        """Put realisations of published paths in one transaction.
+
+        When this returns, they are visible and durable, in LMDB and in the journal. One that is there keeps
+        its path and gets what it lacks (signatures); one that contradicts it is reported as a conflict, one
+        whose path is not published as absent, and the rest goes on.
+        """
+        with self.transaction() as index:
+            return self._publisher.put_realisations(index, group)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cidfs.errors import CidfsError, Damaged, IndexLost
-from cidfs.formats import frames, journal, record
+from cidfs.formats import frames, journal, realisation, record
 from cidfs.local import tables
 from cidfs.local.index import Index, ReadTxn
 from cidfs.local.leases import oldest_mount
@@ -61,6 +61,27 @@ def pack_file(kind: int, path: Path) -> PackFile:
     return PackFile(kind, path, info.st_size, min(info.st_size, info.st_blocks * 512))
 
 
+class _Realised:
+    """The realisations that a journal says: of each id the serial, and the hash part that it came to."""
+
+    def __init__(self) -> None:
+        self.serials: dict[str, int] = {}
+        self.hash_parts: dict[str, str] = {}
+        self._of: dict[str, set[str]] = {}
+
+    def put(self, entry: journal.Realisation) -> None:
+        found = realisation.decode(entry.body)
+        self.serials[found.id] = entry.serial
+        self.hash_parts[found.id] = found.store_path.hash_part
+        self._of.setdefault(found.store_path.hash_part, set()).add(found.id)
+
+    def drop(self, hash_part: str) -> None:
+        """Forget what came to a path that was removed."""
+        for identity in self._of.pop(hash_part, ()):
+            if self.hash_parts[identity] == hash_part:
+                self.serials.pop(identity, None)
+
+
 class Survey:
     """What a store holds at one moment, and what of it is needed; later publications on request."""
 
@@ -104,6 +125,7 @@ class Survey:
         self._progress("comparing index and journal", 0)
         ranges = {base for base, _ in self._ranges()}
         said: dict[bytes, tuple[int, int]] = {}
+        realised = _Realised()
         for entry in self._said(pending):
             match entry:
                 case journal.Publication():
@@ -112,7 +134,10 @@ class Survey:
                 case journal.Removal():
                     if said.get(entry.hash_part.encode(), (0, 0))[1] == entry.base:
                         del said[entry.hash_part.encode()]
-        live = len(said)
+                        realised.drop(entry.hash_part)
+                case journal.Realisation():
+                    realised.put(entry)
+        live = len(said) + len(realised.serials)
         self.garbage = self.report.entries - live - 2 * len(self.needed)
         self.report.paths = 0
         for published in self._store.paths():
@@ -136,6 +161,24 @@ class Survey:
             if base not in later:
                 raise Damaged(
                     f"{key.decode()}: published in the journal and not in the index; nothing is collected:"
+                    f" run `cidfs --state {self._state.root} rebuild`"
+                )
+        self._compare_realisations(realised)
+
+    def _compare_realisations(self, said: _Realised) -> None:
+        """Raise Damaged where index and journal differ in the realisations: a checkpoint says those alone."""
+        for serial, found in self._store.realisations():
+            there = said.serials.pop(found.id, 0)
+            if serial < self._serial and serial != there:
+                raise Damaged(
+                    f"{found.id}: index and journal say different things of it; nothing is collected:"
+                    " see `cidfs verify`"
+                )
+        for identity in said.serials:
+            row = self._store.find(said.hash_parts[identity].encode())
+            if row is not None and row.serial < self._serial:  # else it was removed since
+                raise Damaged(
+                    f"{identity}: in the journal and not in the index; nothing is collected:"
                     f" run `cidfs --state {self._state.root} rebuild`"
                 )
 

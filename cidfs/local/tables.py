@@ -9,9 +9,18 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Iterator
 
 from cidfs.errors import FormatError, IndexLost
-from cidfs.formats import journal, record
+from cidfs.formats import journal, realisation, record
 from cidfs.local.index import ReadTxn, WriteTxn
-from cidfs.local.rows import REMOVED, InodeRow, PathRow, RemovedRow, key_number, number_key, removed_key
+from cidfs.local.rows import (
+    REMOVED,
+    InodeRow,
+    PathRow,
+    RealisationRow,
+    RemovedRow,
+    key_number,
+    number_key,
+    removed_key,
+)
 
 
 def find_path(txn: ReadTxn, hash_part: bytes) -> PathRow | None:
@@ -136,7 +145,7 @@ def put_amendment(txn: WriteTxn, entry: journal.Amendment) -> None:
 
 
 def drop_publication(txn: WriteTxn, entry: journal.Removal) -> None:
-    """Take a path out, and who refers to it is not whole any more.
+    """Take a path out, with the realisations that came to it; who refers to it is not whole any more.
 
     Its inode range stays, with the name that it had: the kernel may still know both.
     """
@@ -147,6 +156,9 @@ def drop_publication(txn: WriteTxn, entry: journal.Removal) -> None:
         return
     for reference in record.decode(raw).references:
         txn.delete("referrers", reference[:32].encode() + key)
+    for each in realised(txn, key):
+        txn.delete("realisations", each)
+        txn.delete("outputs", key + each)
     txn.delete("paths", key)
     txn.delete("records", key)
     txn.put("meta", removed_key(row.base), RemovedRow(entry.serial, key, row.name).packed())
@@ -163,6 +175,40 @@ def _withdraw_whole(txn: WriteTxn, key: bytes) -> None:
             if row is not None and row.whole:
                 txn.put("paths", here, _with_whole(row, 0).packed())
                 waiting.append(here)
+
+
+def put_realisation(txn: WriteTxn, entry: journal.Realisation) -> None:
+    """Write the rows of a realisation, in place of an older one of the same output."""
+    found = realisation.decode(entry.body)
+    path = found.store_path
+    hash_part = path.hash_part.encode()
+    row = find_path(txn, hash_part)
+    if row is None or row.name != path.name.encode():
+        return  # of a path that has gone since
+    key = realisation.key_of(found.id)
+    old = txn.get("realisations", key)
+    if old is not None:  # perhaps of another path, whose removal was lost from the journal
+        before = realisation.decode(RealisationRow.unpack(old).body).store_path
+        txn.delete("outputs", before.hash_part.encode() + key)
+    txn.put("realisations", key, RealisationRow(entry.serial, entry.body).packed())
+    txn.put("outputs", hash_part + key, b"")
+
+
+def realised(txn: ReadTxn, hash_part: bytes) -> list[bytes]:
+    """Return the keys of the realisations that came to a path."""
+    found = []
+    for key, _ in txn.rows("outputs", hash_part):
+        if key[:32] != hash_part:
+            break
+        found.append(key[32:])
+    return found
+
+
+def iterate_realisations(txn: ReadTxn) -> Iterator[journal.Realisation]:
+    """Yield the realisations of an index, as the journal would say them; not those whose rows are damaged."""
+    for _, raw in txn.rows("realisations"):
+        if raw is not None:
+            yield journal.Realisation(*RealisationRow.unpack(raw))
 
 
 def removed_ranges(txn: ReadTxn) -> list[tuple[int, RemovedRow]]:

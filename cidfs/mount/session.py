@@ -11,26 +11,25 @@ import errno
 import logging
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
-from urllib.parse import quote, unquote_to_bytes
+from urllib.parse import quote
 
 from cidfs.errors import CidfsError, MountFailed, MountPointAbsent, MountPointBusy, NotPermitted
-from cidfs.local.leases import LeaseInfo
+from cidfs.local.leases import HOLDER, MOUNT, LeaseInfo
 from cidfs.local.state import StateFolder
+from cidfs.mount.mountinfo import FILE_SYSTEM_TYPE, MountInfo, mounted_at, mounts, printable, source_of
+from cidfs.mount.overlay import OVERLAY_TYPE, overlays_above
 
 log = logging.getLogger(__name__)
 
-FILE_SYSTEM_TYPE: Final = "fuse.cidfs"
 READ_AHEAD_KIB: Final = 1024
 HELPER_SECONDS: Final = 20.0
-
-_MAY_HANG: Final = ("fuse", "nfs", "cifs", "9p", "ceph")
 
 _CLONE_FS: Final = 0x200
 _CLONE_NEWNS: Final = 0x20000
@@ -38,76 +37,9 @@ _MS_BIND: Final = 0x1000
 _MS_REC: Final = 0x4000
 _MS_PRIVATE: Final = 0x40000
 _MS_SLAVE: Final = 0x80000
+_MNT_FORCE: Final = 1
 _MNT_DETACH: Final = 2
 _libc = ctypes.CDLL(None, use_errno=True)
-
-
-@dataclass(frozen=True, slots=True)
-class MountInfo:
-    """A line of mountinfo."""
-
-    device: str
-    mountpoint: str
-    type: str
-    source: str
-    options: str
-
-
-def mounts() -> list[MountInfo]:
-    """Return what is mounted in this process's namespace, oldest first."""
-    found = []
-    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
-        before, _, after = line.partition(" - ")
-        fields, rest = before.split(" "), after.split(" ")
-        found.append(MountInfo(fields[2], _unescape(fields[4]), rest[0], *map(_unescape, rest[1:3])))
-    return found
-
-
-def mounted_at(mountpoint: Path) -> MountInfo | None:
-    """Return what is mounted uppermost at a folder, without touching it."""
-    here = None
-    for info in mounts():
-        if info.mountpoint == str(mountpoint):
-            here = info
-    return here
-
-
-def overlays_above(mountpoint: Path) -> list[str]:
-    """Return where the overlays are mounted that have a folder, or one in it, among their lower layers.
-
-    The kernel does not call a lower layer busy: taking it down leaves a file system that nobody can reach.
-    """
-    inside = f"{mountpoint}/"
-    found = []
-    mounted = mounts()
-    # who looks at one that is dead waits for it
-    untouched = {info.mountpoint for info in mounted if info.type.startswith(_MAY_HANG)}
-    for info in mounted:
-        layers = [
-            layer
-            for option in info.options.split(",")
-            if info.type == "overlay" and option.startswith("lowerdir")
-            for layer in option.partition("=")[2].split(":")
-        ]
-        if any(f"{_followed(layer, untouched)}/".startswith(inside) for layer in layers if layer):
-            found.append(info.mountpoint)
-    return found
-
-
-def _followed(layer: str, untouched: set[str]) -> str:
-    """Return what a layer's name leads to; names of mounts, and what is below them, are left as they are."""
-    for _ in range(40):  # as many links as the kernel follows
-        if any(f"{layer}/".startswith(f"{mount}/") for mount in untouched):
-            return layer
-        if not os.path.islink(layer):
-            return str(resolve(Path(layer)))
-        layer = os.path.normpath(os.path.join(os.path.dirname(layer), os.readlink(layer)))
-    return layer
-
-
-def source_of(info: MountInfo) -> Path:
-    """Return the state folder that a cidfs mount shows as its source."""
-    return Path(os.fsdecode(unquote_to_bytes(info.source)))
 
 
 def daemons_of(state: Path, mountpoint: Path) -> set[int]:
@@ -116,37 +48,50 @@ def daemons_of(state: Path, mountpoint: Path) -> set[int]:
 
 
 def daemon_of(state: Path, mountpoint: Path) -> int:
-    """Return the process behind what is mounted uppermost at a mount point now; 0 for none.
+    """Return the process behind what is mounted uppermost at a mount point now; 0 for none."""
+    lease = lease_of(state, mountpoint)
+    return lease.pid if lease is not None else 0
+
+
+def lease_of(state: Path, mountpoint: Path) -> LeaseInfo | None:
+    """Return what the process behind what is mounted uppermost at a mount point says of itself.
 
     Others may be behind what was mounted there before and is still in use.
     """
-    newest = max(_leases_of(state, mountpoint), key=lambda info: info.started, default=None)
-    return newest.pid if newest is not None else 0
+    return max(_leases_of(state, mountpoint), key=lambda info: info.started, default=None)
 
 
-def _leases_of(state: Path, mountpoint: Path) -> list[LeaseInfo]:
+def holders_of(state: Path, mountpoint: Path) -> set[int]:
+    """Return the parent processes of mounts at a mount point that live."""
+    return {info.pid for info in _leases_of(state, mountpoint, HOLDER)}
+
+
+def nix_socket_of(state: Path, mountpoint: Path) -> str:
+    """Return where Nix is answered by the processes of a mount; empty where it is not, or there are none."""
+    latest = max(_leases_of(state, mountpoint, HOLDER), key=lambda info: info.started, default=None)
+    return latest.nix_socket if latest is not None else ""
+
+
+def survivors_of(state: Path, mountpoint: Path) -> set[int]:
+    """Return the parent processes of mounts at a mount point whose daemon has died."""
+    parents = {parent_of(pid) for pid in daemons_of(state, mountpoint)}
+    return {pid for pid in holders_of(state, mountpoint) if pid not in parents}
+
+
+def parent_of(pid: int) -> int:
+    """Return the parent of a process; 0 when there is no such process."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[1])
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+def _leases_of(state: Path, mountpoint: Path, kind: str = MOUNT) -> list[LeaseInfo]:
     try:
         leases = StateFolder.open(state).leases()
     except CidfsError:
         return []
-    return [i for _, i in leases if i.kind == "mount" and i.mountpoint == printable(mountpoint)]
-
-
-def printable(path: Path) -> str:
-    """Return a path as text that any encoding takes."""
-    return os.fsencode(path).decode(errors="backslashreplace")
-
-
-def _unescape(text: str) -> str:
-    for code, char in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
-        text = text.replace(code, char)
-    return text
-
-
-def resolve(mountpoint: Path) -> Path:
-    """Return the absolute form of a mount point without touching a file system that may be dead there."""
-    parent = Path(os.path.abspath(mountpoint)).parent
-    return Path(os.path.realpath(parent)) / Path(os.path.abspath(mountpoint)).name
+    return [i for _, i in leases if i.kind == kind and i.mountpoint == printable(mountpoint)]
 
 
 def check_mountpoint(mountpoint: Path) -> None:
@@ -237,17 +182,16 @@ def _call(result: int, what: str) -> None:
 class Isolation:
     """A mount namespace of the daemon's own, and the way back to the host's."""
 
-    def __init__(self, mountpoint: Path, host: int) -> None:
-        self._mountpoint = mountpoint
+    def __init__(self, host: int) -> None:
         self._host = host
 
-    def unmount(self) -> None:
-        """Take the mount down in the host's namespace. Ends this thread's stay in its own one."""
+    def unmount(self, mount: MountInfo | None) -> None:
+        """Take a mount down in the host's namespace. Ends this thread's stay in its own one."""
         # threads share one view of the file system until they are parted
         _call(_libc.unshare(_CLONE_FS), "unshare")
         _call(_libc.setns(self._host, _CLONE_NEWNS), "setns")
         os.close(self._host)
-        unmount_if_mounted(self._mountpoint)
+        take_from_sight(mount)
 
 
 def isolate(mountpoint: Path, state: Path, store_dir: str) -> Isolation | None:
@@ -277,7 +221,7 @@ def isolate(mountpoint: Path, state: Path, store_dir: str) -> Isolation | None:
             _libc.mount(None, where, None, ctypes.c_ulong(_MS_REC | _MS_PRIVATE), None), f"part {store_dir}"
         )
     os.chdir("/")
-    return Isolation(mountpoint, host)
+    return Isolation(host)
 
 
 def _let_go(needed: set[str]) -> None:
@@ -288,19 +232,36 @@ def _let_go(needed: set[str]) -> None:
     """
     for info in reversed(mounts()):
         inside = info.mountpoint.rstrip("/") + "/"
-        if info.type in (FILE_SYSTEM_TYPE, "overlay") and not any(f"{n}/".startswith(inside) for n in needed):
+        is_needed = any(f"{name}/".startswith(inside) for name in needed)
+        if info.type in (FILE_SYSTEM_TYPE, OVERLAY_TYPE) and not is_needed:
             _libc.umount2(os.fsencode(info.mountpoint), _MNT_DETACH)
 
 
-def unmount_if_mounted(mountpoint: Path) -> None:
-    """Take our mount down at once where it still is, even while somebody uses it: its daemon is ending."""
+def mount_of(state: Path, mountpoint: Path) -> MountInfo | None:
+    """Return the mount of a store that is uppermost at a mount point."""
     info = mounted_at(mountpoint)
-    if info is None or info.type != FILE_SYSTEM_TYPE:
+    if info is None or info.type != FILE_SYSTEM_TYPE or source_of(info) != state:
+        return None
+    return info
+
+
+def is_mounted(mount: MountInfo) -> bool:
+    """Say whether a mount is still uppermost at its place; another one of the same store is not it."""
+    now = mounted_at(Path(mount.mountpoint))
+    return now is not None and (now.id, now.device, now.source) == (mount.id, mount.device, mount.source)
+
+
+def take_from_sight(mount: MountInfo | None) -> None:
+    """Take a mount of ours down at once where it still is, even while somebody uses it: its daemon has ended.
+
+    Who waits for an answer of it gets an error. By root, a single system call.
+    """
+    if mount is None or not is_mounted(mount):
         return
     if os.geteuid() == 0:
-        _libc.umount2(os.fsencode(mountpoint), _MNT_DETACH)
+        _libc.umount2(os.fsencode(mount.mountpoint), _MNT_FORCE | _MNT_DETACH)
     else:
-        _fusermount(mountpoint, lazy=True)
+        _fusermount(Path(mount.mountpoint), lazy=True)
 
 
 def unmount(mountpoint: Path, *, lazy: bool) -> None:
@@ -316,7 +277,8 @@ def unmount(mountpoint: Path, *, lazy: bool) -> None:
     above = overlays_above(mountpoint)
     if above and not lazy:
         raise MountPointBusy(
-            f"{mountpoint}: the overlay at {above[0]} stands on it; take that down first, or use --lazy"
+            f"{mountpoint}: the overlay at {above[0].mountpoint} stands on it;"
+            " take that down first, or use --lazy"
         )
     if os.geteuid() == 0:
         if _libc.umount2(os.fsencode(mountpoint), _MNT_DETACH if lazy else 0) == 0:
@@ -354,3 +316,16 @@ def _fusermount(mountpoint: Path, *, lazy: bool) -> str:
     except (OSError, subprocess.TimeoutExpired) as e:
         return str(e)
     return "" if done.returncode == 0 else done.stderr.strip() or "fusermount3 failed"
+
+
+def notify(message: str) -> None:
+    """Tell systemd, where it asked to be told (sd_notify(3)); its absence is no error."""
+    where = os.environ.get("NOTIFY_SOCKET", "")
+    if not where:
+        return
+    address = "\0" + where[1:] if where.startswith("@") else where
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as s:
+            s.sendto(message.encode(), address)
+    except OSError as e:
+        print(f"cidfs: cannot notify {where}: {e.strerror}", file=sys.stderr)

@@ -11,17 +11,30 @@ remembered between calls but caches, all bounded in bytes.
 from __future__ import annotations
 
 import errno
+import logging
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple
 
-from cidfs.errors import ChunkInvalid, ChunkMissing, FormatError, PathAbsent, StaleInode, WrongType
+from cidfs.errors import (
+    ChunkInvalid,
+    ChunkMissing,
+    CidfsError,
+    FormatError,
+    PathAbsent,
+    StaleInode,
+    WrongType,
+)
 from cidfs.formats.digest import cid_text
 from cidfs.formats.manifest import DIRECTORY, MODES, Manifest, Node, decode_node
 from cidfs.formats.nar import MAX_NAME
 from cidfs.formats.store_path import HASH_PART_LENGTH
+from cidfs.local.rows import PathRow
 from cidfs.local.store import LocalStore
+from cidfs.mount.absences import Absences
+
+log = logging.getLogger(__name__)
 
 ROOT: Final = 1
 LINKS: Final = 2
@@ -33,11 +46,15 @@ _ENTRY_COST: Final = 600  # bytes of Python around a cached manifest
 
 
 class Attributes(NamedTuple):
-    """What stat(2) shows of a node besides what is the same for all: owner 0:0, one link, mtime 1."""
+    """What stat(2) shows of a node besides what is the same for all: owner 0:0, one link, mtime 1.
+
+    The name of one that is fleeting may go, or be hidden, at any moment: nobody may remember it.
+    """
 
     inode: int
     mode: int
     size: int
+    fleeting: bool = False
 
 
 class Entry(NamedTuple):
@@ -66,6 +83,7 @@ class Counters:
         self.manifest_hits = 0
         self.manifest_reads = 0
         self.damaged = 0
+        self.root_failures = 0
 
 
 class _Published:
@@ -84,9 +102,17 @@ _LINKS_ATTRIBUTES: Final = Attributes(LINKS, MODES[DIRECTORY], 0)
 class StoreView:
     """The file system over one store."""
 
-    def __init__(self, store: LocalStore, *, list_root: bool = False) -> None:
+    def __init__(
+        self,
+        store: LocalStore,
+        *,
+        list_root: bool = False,
+        under_overlay: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._store = store
         self.list_root = list_root
+        self._under_overlay = under_overlay
+        self.absences = Absences()
         self.counters = Counters()
         self._bases: list[int] = []
         self._published: OrderedDict[int, _Published] = OrderedDict()
@@ -121,14 +147,29 @@ class StoreView:
         return _attributes(published.base + index, manifest.node(index))
 
     def _lookup_root(self, name: bytes) -> Attributes:
+        """Return the attributes of a store path. Under an overlay: of one that is whole, and never an error.
+
+        Nix makes its locks and outputs there: whatever is wrong here, another name must not suffer for it.
+        """
         if name == _LINKS_NAME:
             return _LINKS_ATTRIBUTES
         if len(name) <= HASH_PART_LENGTH + 1 or name[HASH_PART_LENGTH] != 0x2D:
             raise PathAbsent("not a store path")
-        row = self._store.find(name[:HASH_PART_LENGTH])
-        if row is None or row.name != name[HASH_PART_LENGTH + 1 :]:
+        found: Attributes | None = None
+        try:
+            row = self._store.find(name[:HASH_PART_LENGTH])
+            if row is not None and row.name == name[HASH_PART_LENGTH + 1 :]:
+                found = _root_attributes(row)
+        except CidfsError as e:
+            if not self._under_overlay():
+                raise
+            if not self.counters.root_failures:
+                log.error("look-ups of store paths fail, and are answered as absent: %s", e)
+            self.counters.root_failures += 1
+        if found is None or (found.fleeting and self._under_overlay()):
+            self.absences.add(name)
             raise PathAbsent("not published")
-        return _attributes(row.base, decode_node(row.root_row))
+        return found
 
     def attributes(self, inode: int) -> Attributes:
         """Return a node's attributes; raise StaleInode for a number that belongs to nothing."""
@@ -183,9 +224,7 @@ class StoreView:
             return
         # positions are inode bases: unique, growing, and they stay when paths are added while someone lists
         for base, path in self._store.publications(max(start, LINKS + 1)):
-            row = path.row
-            name = path.path.base_name.encode()
-            yield Entry(name, _attributes(base, decode_node(row.root_row)), base + 1)
+            yield Entry(path.path.base_name.encode(), _root_attributes(path.row), base + 1)
 
     # --- reading
 
@@ -296,6 +335,11 @@ class StoreView:
     def cached_bytes(self) -> int:
         """How many bytes the caches hold."""
         return self._published_bytes + self._chunk_bytes
+
+
+def _root_attributes(row: PathRow) -> Attributes:
+    node = decode_node(row.root_row)
+    return Attributes(row.base, MODES[node.type], node.size, fleeting=not row.whole)
 
 
 def _attributes(inode: int, node: Node) -> Attributes:

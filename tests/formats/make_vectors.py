@@ -23,11 +23,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from cidfs.formats import chunking, frames, journal, pack, record
+from cidfs.formats import chunking, frames, journal, pack, realisation, record
 from cidfs.formats.chunking import ENCODING_RAW, cut
 from cidfs.formats.digest import checksum, cid_text, digest_of
 from cidfs.formats.journal import Amendment, Checkpoint, Entry, Publication, Removal
 from cidfs.formats.manifest import Manifest
+from cidfs.formats.realisation import Realisation
 from cidfs.formats.record import Record
 from cidfs.formats.store_path import parse_base_name
 from tests.formats.model import File, Link, Tree, manifest_of
@@ -106,6 +107,7 @@ ENTRIES: Final[dict[str, tuple[Entry, ...]]] = {
     "publication, to be mirrored": (Publication((1 << 64) - 1, 5, 6, journal.FLAG_TO_MIRROR, b""),),
     "amendment": (Amendment(8, 2, b"another record"),),
     "removal": (Removal(9, 2, "0123456789abcdfghijklmnpqrsvwxyz"),),
+    "realisation": (journal.Realisation(14, b"a realisation"),),
     "checkpoint": (Checkpoint(10, 1 << 33, (1, 7, 1 << 50)),),
     "checkpoint of nothing": (Checkpoint(1, 2, ()),),
     "several": (
@@ -143,6 +145,21 @@ FULL_RECORD: Final = Record(
     signatures=("cache.example.org-1:c2lnbmF0dXJl", "other-1:c2ln"),
     seals=("machine-1:c2VhbA==",),
     hints=("wbyrcj9qskgk94dwkg7g9lcwxp1z5lk6", "fk92h4hwm5993g6ii3sgm5mxx53pvvx4"),
+)
+
+
+SMALL_REALISATION: Final = Realisation(
+    id="wbyrcj9qskgk94dwkg7g9lcwxp1z5lk6-tool-1.drv!out", path="fk92h4hwm5993g6ii3sgm5mxx53pvvx4-tool-1"
+)
+
+FULL_REALISATION: Final = Realisation(
+    id=f"sha256:{bytes(range(32)).hex()}!dev",
+    path="wbyrcj9qskgk94dwkg7g9lcwxp1z5lk6-tool-1-dev",
+    signatures=("cache.example.org-1:c2lnbmF0dXJl", "other-1:c2ln"),
+    dependent=(
+        (f"sha256:{bytes(range(32)).hex()}!out", "fk92h4hwm5993g6ii3sgm5mxx53pvvx4-tool-1"),
+        (f"sha256:{bytes(range(1, 33)).hex()}!bin", "0vqz94lphrf9wdl5xzsz1q19vgrp2mr2-library-bin"),
+    ),
 )
 
 
@@ -217,6 +234,8 @@ GENERATED: Final[dict[str, Callable[[], bytes]]] = {
     "manifest.hex": lambda: hex_lines(manifest_of(MANIFEST_TREE, real_cut)[0]),
     "record-small.hex": lambda: hex_lines(record.encode(SMALL_RECORD)),
     "record-full.hex": lambda: hex_lines(record.encode(FULL_RECORD)),
+    "realisation-small.hex": lambda: hex_lines(realisation.encode(SMALL_REALISATION)),
+    "realisation-full.hex": lambda: hex_lines(realisation.encode(FULL_REALISATION)),
 }
 
 FROZEN: Final[dict[str, Callable[[], bytes]]] = {

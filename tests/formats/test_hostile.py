@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 import cidfs
 from cidfs.errors import FormatError
-from cidfs.formats import chunking, frames, journal, pack, record
+from cidfs.formats import chunking, frames, journal, pack, realisation, record
 from cidfs.formats.manifest import DIRECTORY, SYMLINK, Manifest, decode_node
-from tests.formats.make_vectors import ENTRIES, FULL_RECORD, raw_frames, sealed_pack
+from tests.formats.make_vectors import ENTRIES, FULL_REALISATION, FULL_RECORD, raw_frames, sealed_pack
 from tests.formats.model import File, Link, Tree, manifest_of, nar_of, read_nar
 from tests.formats.support import examples, flipped
 
@@ -96,6 +96,7 @@ DECODERS: Final[dict[str, tuple[Callable[[bytes], object], bytes]]] = {
     "unvalidated manifest": (use_unvalidated, MANIFEST),
     "node": (decode_node, Manifest(MANIFEST).row(0)),
     "record": (record.decode, record.encode(FULL_RECORD)),
+    "realisation": (realisation.decode, realisation.encode(FULL_REALISATION)),
     "journal": (journal.decode, BODY),
     "frame": (read_frame, frames.build_from(frames.KIND_CHUNK, bytes(1000))),
     "scan": (scan, raw_frames()),
@@ -177,7 +178,7 @@ def test_repeated_and_reordered_parts_give_a_format_error_at_worst(name: str) ->
 STARVED = """
 import resource, struct
 from cidfs.errors import FormatError
-from cidfs.formats import chunking, frames, journal, nar, pack, record
+from cidfs.formats import chunking, frames, journal, nar, pack, realisation, record
 from cidfs.formats.digest import checksum, digest_of
 from cidfs.formats.manifest import Manifest
 from tests.formats.support import zstd_of_zeros
@@ -219,6 +220,8 @@ cases = [
     lambda: record.decode(b"cidfsrec1" + b"\\xff" * 200),
     lambda: record.decode(record.MAGIC + struct.pack("<H", 45) + b"/nix/store/" + b"0" * 32 + b"-a"
         + bytes(40) + b"\\xff" * 4),
+    lambda: realisation.decode(realisation.MAGIC + struct.pack("<H", 42) + b"0" * 32 + b"-a.drv!out"
+        + struct.pack("<H", 34) + b"0" * 32 + b"-a" + bytes(2) + b"\\xff" * 4),
     lambda: journal.decode(struct.pack("<IB", full, 0) + struct.pack("<BQI", 2, 1, full)),
     lambda: journal.decode(struct.pack("<IB", 1, 0) + struct.pack("<BQI", 5, 1, 20)
         + struct.pack("<QQI", 1, 1, full)),
@@ -256,4 +259,4 @@ def test_bombs_and_absurd_sizes_take_less_than_64_mib() -> None:
         timeout=60,
         check=False,
     )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "survived 21\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "survived 22\n", "")

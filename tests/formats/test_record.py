@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from cidfs.errors import FormatError
 from cidfs.formats import record
+from cidfs.formats.canonical import MAX_SIGNATURES
 from cidfs.formats.chunking import MAXIMUM
 from cidfs.formats.manifest import DIRECTORY, EXECUTABLE, FILE, MAX_NODES, SYMLINK, Manifest
 from cidfs.formats.nar import MAX_FILE
-from cidfs.formats.record import MAX_SIGNATURES, Record, body, decode, decode_known, encode
+from cidfs.formats.record import Record, body, decode, decode_known, encode
 from cidfs.formats.store_path import StorePath
 from tests.formats.make_vectors import FULL_RECORD, SMALL_RECORD
 from tests.formats.model import Tree, manifest_of, trees

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cidfs.errors import FormatError
-from cidfs.formats import chunking, frames, journal, pack, record
+from cidfs.formats import chunking, frames, journal, pack, realisation, record
 from cidfs.formats.digest import (
     cid_text,
     digest_of,
@@ -29,9 +29,11 @@ from tests.formats.make_vectors import (
     FROM_NIX,
     FROZEN,
     FROZEN_DATA,
+    FULL_REALISATION,
     FULL_RECORD,
     GENERATED,
     MANIFEST_TREE,
+    SMALL_REALISATION,
     SMALL_RECORD,
     STREAMS,
     real_cut,
@@ -209,3 +211,8 @@ def test_the_manifest_of_the_vector_says_its_tree() -> None:
 def test_the_records_of_the_vector_are_read() -> None:
     assert record.decode(read_hex("record-small.hex")) == SMALL_RECORD
     assert record.decode(read_hex("record-full.hex")) == FULL_RECORD
+
+
+def test_the_realisations_of_the_vector_are_read() -> None:
+    assert realisation.decode(read_hex("realisation-small.hex")) == SMALL_REALISATION
+    assert realisation.decode(read_hex("realisation-full.hex")) == FULL_REALISATION

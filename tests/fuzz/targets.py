@@ -16,18 +16,30 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from cidfs.errors import FormatError
-from cidfs.formats import frames, journal, nar, narinfo, pack, record
+from cidfs.errors import FormatError, RemoteRefused
+from cidfs.formats import frames, journal, nar, narinfo, pack, realisation, record
 from cidfs.formats.compression import unpacked
 from cidfs.formats.content_address import parse_content_address
 from cidfs.formats.digest import checksum, digest_of, parse_cid, parse_sha256
 from cidfs.formats.manifest import Manifest
 from cidfs.formats.signing import parse_public_key
 from cidfs.formats.store_path import DEFAULT_STORE_DIR, parse_base_name, parse_store_path
-from tests.formats.make_vectors import ENTRIES, FULL_RECORD, SMALL_RECORD, raw_frames, sealed_pack
+from cidfs.nix import requests
+from cidfs.nix.client import Client
+from cidfs.nix.protocol import Server
+from tests.formats.make_vectors import (
+    ENTRIES,
+    FULL_REALISATION,
+    FULL_RECORD,
+    SMALL_REALISATION,
+    SMALL_RECORD,
+    raw_frames,
+    sealed_pack,
+)
 from tests.formats.model import File, Link, Tree, manifest_of, nar_of, read_nar
 from tests.formats.test_hostile import use_unvalidated
 from tests.formats.test_narinfo import SAMPLE as NARINFO
+from tests.nix_protocol.support import connected, greeted
 
 MAX_UNPACKED: Final = 1 << 20
 
@@ -88,6 +100,14 @@ def read_record(data: bytes) -> None:
         assert record.encode(found) == data
     assert found.nar_size < 1 << 63
     assert all("/" not in name for name in found.references)
+
+
+def read_realisation(data: bytes) -> None:
+    found = realisation.decode(data)
+    with promised():
+        assert realisation.encode(found) == data
+        assert realisation.merge(found, found) == found
+        assert found.store_path.base_name == found.path
 
 
 def read_journal(data: bytes) -> None:
@@ -159,6 +179,48 @@ def unpack(compression: str) -> Callable[[bytes], None]:
     return target
 
 
+def _requests(server: Server, data: bytes, size: int) -> list[requests.Request | None]:
+    """Return the requests that came; None at the end for what is refused."""
+    found: list[requests.Request | None] = []
+    try:
+        for at in range(0, len(data), size):
+            server.feed(data[at : at + size])
+            while (request := server.next()) is not None:
+                found.append(request)
+    except FormatError:
+        found.append(None)
+    assert not (found and found[-1] is None and server.idle)
+    return found
+
+
+def converse(new: Callable[[], Server]) -> Callable[[bytes], None]:
+    """Return what reads requests: in whatever pieces they come, they are the same."""
+
+    def target(data: bytes) -> None:
+        assert _requests(new(), data, max(1, len(data))) == _requests(new(), data, 13)
+
+    return target
+
+
+def read_answers(features: frozenset[str]) -> Callable[[bytes], None]:
+    """Return what reads data as the answers to some requests."""
+
+    def target(data: bytes) -> None:
+        _, client = connected(features=features)
+        for request in ASKED:
+            client.ask(request)
+        for at in range(0, len(data), 100):
+            client.feed(data[at : at + 100])
+            answer: object = True
+            while answer is not None:
+                try:
+                    answer = client.next()
+                except RemoteRefused:
+                    continue
+
+    return target
+
+
 def reseal_heads(data: bytes) -> bytes:
     """Give every frame's head its check, and raw data its digest."""
     made = bytearray(data)
@@ -191,6 +253,55 @@ DEEP: Final[Tree] = {b"d": {b"d": {b"d": {b"d": {b"d": {b"d": {b"d": File(b"x")}
 MANIFESTS: Final = (manifest_of(TREE)[0], manifest_of(DEEP)[0], manifest_of(File(b"x" * 1000))[0])
 
 
+_PATH: Final = "/nix/store/1r7cmdf0mdlywby8h14bhw0iyb8601dg-leaf-1"
+ASKED: Final[tuple[requests.Request, ...]] = (
+    requests.QueryPathInfo(_PATH),
+    requests.QueryRealisation("1r7cmdf0mdlywby8h14bhw0iyb8601dg-leaf-1.drv!out"),
+    requests.IsValidPath(_PATH),
+    requests.QueryValidPaths((_PATH, "")),
+    requests.QueryMissing((_PATH,)),
+    requests.BuildPaths((_PATH,), True),
+    requests.QueryDerivationOutputMap(_PATH),
+    requests.SetOptions(),
+    requests.FindRoots(),
+)
+
+
+def _asked(features: frozenset[str], *, greeting: bool = False) -> bytes:
+    _, client = connected(features=features)
+    asked = b"".join(client.ask(request) for request in ASKED)
+    if not greeting:
+        return asked
+    server, client = Server(""), Client()
+    begun = client.greeting()
+    server.feed(begun)
+    server.next()
+    client.feed(server.output())
+    client.next()
+    return begun + client.output() + asked
+
+
+def _answers(features: frozenset[str]) -> bytes:
+    server, _ = connected(features=features)
+    told = requests.RealisationInfo(
+        id="x!out", out_path="x", signatures=("k:AAAA",), dependent={"y!out": "y"}
+    )
+    info = requests.PathInfo(nar_hash=bytes(32), references=(_PATH,), signatures=("k:AAAA",), ca="text:x")
+    return b"".join(
+        (
+            server.path_info(info),
+            server.realisations([told]),
+            server.error("no"),
+            server.paths([_PATH, ""]),
+            server.missing([_PATH]),
+            server.already_valid(requests.BuildPaths((_PATH,), True)),
+            server.output_map({"out": _PATH}),
+            server.options_taken(),
+            server.no_roots(),
+        )
+    )
+
+
 def _bodies() -> tuple[bytes, ...]:
     found = [journal.encode(e) for e in ENTRIES.values()]
     found.append(journal.encode([e for entries in ENTRIES.values() for e in entries]))
@@ -213,6 +324,9 @@ TARGETS: Final[dict[str, Target]] = {
     "manifest": Target(read_manifest, MANIFESTS),
     "unvalidated manifest": Target(use_unvalidated, MANIFESTS),
     "record": Target(read_record, (record.encode(FULL_RECORD), record.encode(SMALL_RECORD))),
+    "realisation": Target(
+        read_realisation, (realisation.encode(FULL_REALISATION), realisation.encode(SMALL_REALISATION))
+    ),
     "journal": Target(read_journal, _bodies()),
     "frame": Target(
         read_frame,
@@ -241,4 +355,8 @@ TARGETS: Final[dict[str, Target]] = {
     "xz": Target(unpack("xz"), (lzma.compress(_TEXT),)),
     "gzip": Target(unpack("gzip"), (_GZIP.compress(_TEXT) + _GZIP.flush(),)),
     "zstd": Target(unpack("zstd"), (frames.build_from(1, _TEXT)[frames.HEADER_SIZE :],)),
+    "nix conversation": Target(converse(lambda: Server("")), (_asked(requests.FEATURES, greeting=True),)),
+    "nix requests": Target(converse(greeted), (_asked(frozenset()),)),
+    "nix answers": Target(read_answers(requests.FEATURES), (_answers(requests.FEATURES),)),
+    "older nix answers": Target(read_answers(frozenset()), (_answers(frozenset()),)),
 }

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Concatenate, Final, ParamSpec
 
 from cidfs.errors import CidfsError, DiskFailed
+from cidfs.formats.realisation import Realisation
 from cidfs.formats.store_path import StorePath
 from cidfs.local import journal as journal_module
 from cidfs.local import publish as publish_module
@@ -203,6 +204,39 @@ def publish_and_die(pipe: Connection, root: Path, group: Sequence[Package]) -> N
     module: Any = journal_module.Journal
     module.append = lambda self, data: os._exit(KILLED)
     publish_groups(pipe, root, [group])
+
+
+def put_realisations(pipe: Connection, root: Path, groups: Sequence[Sequence[Realisation]]) -> None:
+    """Put groups of realisations, and report each that is done: (put, ids)."""
+    with LocalStore.open(root, write=True) as store:
+        for group in groups:
+            store.put_realisations(group)
+            pipe.send(("put", [each.id for each in group]))
+
+
+def put_and_die(pipe: Connection, root: Path, group: Sequence[Realisation]) -> None:
+    """Put realisations, but die between the commit in LMDB and the journal."""
+    module: Any = journal_module.Journal
+    module.append = lambda self, data: os._exit(KILLED)
+    put_realisations(pipe, root, [group])
+
+
+def look_up_when_told(pipe: Connection, root: Path, write: bool) -> None:
+    """Open a store; whenever told an id, say what it came to."""
+    with LocalStore.open(root, write=write) as store:
+        pipe.send("open")
+        while identity := pipe.recv():
+            if write:
+                store.refresh()
+            pipe.send(store.realisation(identity))
+
+
+def put_when_told(pipe: Connection, root: Path, value: Realisation) -> None:
+    """Open a store; when told, put a realisation, and say what became of it."""
+    with LocalStore.open(root, write=True) as store:
+        pipe.send("open")
+        pipe.recv()
+        pipe.send(store.put_realisations([value]))
 
 
 def rebuild_it(pipe: Connection, root: Path, accept_loss: bool = False, lock_timeout: float = 30) -> None:

@@ -21,7 +21,7 @@ from cidfs.formats.store_path import DEFAULT_STORE_DIR, StorePath
 from cidfs.local.index import Index
 from cidfs.local.packs import MANIFEST, OWN, PackWriter
 from cidfs.local.publish import Candidate, Published
-from cidfs.local.rows import DATABASES, PathRow, Place, unseal
+from cidfs.local.rows import DATABASES, LATER, PathRow, Place, unseal
 from cidfs.local.store import LocalStore
 
 CHUNK = 64 << 10
@@ -179,12 +179,12 @@ def contents_of(store: LocalStore, name: str) -> dict[str, bytes]:
 
 def all_rows(index: Index) -> Rows:
     """Return every row of every database, None for one that is damaged."""
-    found: Rows = {}
+    found: Rows = {name: {} for name in (*DATABASES, *LATER)}
     with index.read() as txn:
-        for name in DATABASES:
+        for name, database in txn.db.items():
             found[name] = {
                 bytes(key): unseal(name.encode(), bytes(key), bytes(stored))
-                for key, stored in txn.raw.cursor(db=index.db[name])
+                for key, stored in txn.raw.cursor(db=database)
             }
     return found
 

@@ -72,7 +72,7 @@ def test_an_answer(tmp_path: Path) -> None:
     with listening(tmp_path / "s.sock", answer):
         assert ask(tmp_path / "s.sock", Request("stats")) == STATS
     [line] = asked
-    assert msgspec.json.decode(line) == {"do": "stats", "version": 1}
+    assert msgspec.json.decode(line) == {"do": "stats", "names": [], "version": 1}
     assert line.endswith(b"\n")
 
 

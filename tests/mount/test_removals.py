@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,10 @@ from typing import Any
 import pytest
 import trio
 
-from cidfs.daemon import MountPlan, _Daemon
+from cidfs.board import Board
 from cidfs.local.store import LocalStore
+from cidfs.mount.absences import Absences
+from cidfs.mount.growth import Growth
 
 
 async def test_a_name_is_forgotten_though_who_asked_has_gone(
@@ -20,28 +21,30 @@ async def test_a_name_is_forgotten_though_who_asked_has_gone(
     """His time is over just when the names are known, and before the kernel is told."""
     forgotten: list[bytes] = []
 
-    class Transport:
-        async def forget_names(self, names: Sequence[bytes]) -> None:
-            await trio.lowlevel.checkpoint()
-            forgotten.extend(names)
+    async def forget_names(names: Sequence[bytes]) -> None:
+        await trio.lowlevel.checkpoint()
+        forgotten.extend(names)
 
-    with LocalStore.open(root) as store, socket.socket() as listener:
-        plan = MountPlan(root, root, "/nix/store", False, 1)
+    class NoOverlays:
+        def standing(self) -> tuple[()]:
+            return ()
+
+    with LocalStore.open(root) as store:
         unused: Any = None
-        transport: Any = Transport()
-        daemon = _Daemon(plan, store, transport, "", unused, listener, lambda: None)
+        watch: Any = NoOverlays()
+        growth = Growth(store, Absences(), watch, unused, Board(), forget_names)
         with trio.CancelScope() as asking:
 
             def new() -> list[bytes]:
                 trio.from_thread.run_sync(asking.cancel)
                 return [b"name"]
 
-            monkeypatch.setattr(daemon._removals, "new", new)  # a moment that cannot be hit otherwise
-            await daemon._let_go()
+            monkeypatch.setattr(growth._removals, "new", new)  # a moment that cannot be hit otherwise
+            await growth.step()
         assert asking.cancelled_caught
         assert forgotten == []
-        monkeypatch.setattr(daemon._removals, "new", list)  # nothing new
-        await daemon._let_go()
+        monkeypatch.setattr(growth._removals, "new", list)  # nothing new
+        await growth.step()
         assert forgotten == [b"name"]
-        await daemon._let_go()
+        await growth.step()
         assert forgotten == [b"name"]

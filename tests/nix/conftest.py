@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 from itertools import count
 from pathlib import Path
 
 import pytest
 
+from .lab import Lab, lab_in
 from .real_nix import ChrootStore, Nix, PathInfo
 from .tool import Cidfs, Mount, mount_points, mounted
 from .trees import TREES
@@ -41,20 +44,44 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     assert left == [], "still mounted after the tests"
 
 
-@pytest.fixture(scope="session")
-def nix(work: Path) -> Nix:
-    hint = "the tests with a real Nix need CIDFS_TEST_NIX: run tools/test"
-    prefix = os.environ.get("CIDFS_TEST_NIX", "")
+def _nix(variable: str, work: Path) -> Nix:
+    hint = f"the tests with a real Nix need {variable}: run tools/test"
+    prefix = os.environ.get(variable, "")
     if not prefix:
         pytest.fail(hint, pytrace=False)
     programs = ("nix", "nix-store", "nix-build", "busybox")
     if not all(os.access(Path(prefix, "bin", program), os.X_OK) for program in programs):
         pytest.fail(f"{hint} ({prefix} is no Nix)", pytrace=False)
-    found = Nix(Path(prefix).resolve(), work / "nix")
+    found = Nix(Path(prefix).resolve(), work)
     done = found.attempt("nix", "--version")
     if done.returncode or not done.stdout.startswith(b"nix "):
         pytest.fail(f"{hint} (nix --version fails in {prefix})", pytrace=False)
     return found
+
+
+@pytest.fixture(scope="session")
+def nix(work: Path) -> Nix:
+    return _nix("CIDFS_TEST_NIX", work / "nix")
+
+
+@pytest.fixture(scope="session")
+def labs(work: Path) -> Iterator[Callable[[str], Lab]]:
+    """Return what gives the lab of a Nix, by the variable that names it; made when it is first asked for."""
+    with ExitStack() as stack:
+
+        @cache
+        def lab_of(variable: str) -> Lab:
+            at = work / f"lab-{variable.lower()}"
+            at.mkdir()
+            return stack.enter_context(lab_in(at, _nix(variable, at / "nix")))
+
+        yield lab_of
+
+
+@pytest.fixture(params=["CIDFS_TEST_NIX", "CIDFS_TEST_NIX_OLD"], ids=["new", "old"], scope="module")
+def lab(request: pytest.FixtureRequest, labs: Callable[[str], Lab]) -> Lab:
+    """Return a mount below real overlays: of either Nix in turn, and one for all tests with it."""
+    return labs(request.param)
 
 
 @pytest.fixture

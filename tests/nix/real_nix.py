@@ -8,10 +8,12 @@ import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 TIMEOUT = 120.0
 CLOSURE = Path(__file__).with_name("closure.nix")
+
+Done: TypeAlias = subprocess.CompletedProcess[bytes]
 
 _CONFIGURATION = """\
 experimental-features = nix-command ca-derivations local-overlay-store read-only-local-store
@@ -63,7 +65,7 @@ class Nix:
         stdin: bytes = b"",
         cwd: Path | None = None,
         within: Sequence[str] = (),
-    ) -> subprocess.CompletedProcess[bytes]:
+    ) -> Done:
         """Run `nix…` with these arguments; `within` is put in front (nsenter)."""
         name, *rest = arguments
         command = [*within, str(self.prefix / "bin" / os.fsdecode(name)), *rest]
@@ -91,11 +93,15 @@ class Nix:
 
 
 class ChrootStore:
-    """A Nix store under a root directory of its own: ROOT/nix/store and ROOT/nix/var/nix/db."""
+    """A Nix store under a root directory of its own: ROOT/nix/store and ROOT/nix/var/nix/db.
 
-    def __init__(self, nix: Nix, root: Path) -> None:
+    address is what Nix is given for it; by default the root directory.
+    """
+
+    def __init__(self, nix: Nix, root: Path, address: str = "") -> None:
         self.nix = nix
         self.root = root
+        self.address = address or str(root)
         self.tools = root.parent / f"{root.name}-source" / "tools"
         self.tools.mkdir(parents=True)
         (self.tools / "busybox").write_bytes(nix.busybox.read_bytes())
@@ -109,26 +115,46 @@ class ChrootStore:
         """Return where the bytes of a store path are."""
         return Path(f"{self.root}{path}")
 
+    def attempt(self, *arguments: str | bytes | Path, stdin: bytes = b"") -> Done:
+        """Run `nix…` with these arguments on this store."""
+        return self.nix.attempt(*arguments, "--store", self.address, stdin=stdin)
+
+    def run(self, *arguments: str | bytes | Path, stdin: bytes = b"") -> str:
+        """Run `nix…` on this store and return its output; a failure is the test's."""
+        return self.nix.run(*arguments, "--store", self.address, stdin=stdin).decode().strip()
+
+    def refuse(self, *arguments: str | bytes | Path, stdin: bytes = b"") -> str:
+        """Run `nix…` on this store, which must fail of its own accord, and return what it says."""
+        done = self.attempt(*arguments, stdin=stdin)
+        said = done.stderr.decode(errors="replace")
+        assert done.returncode == 1, f"{arguments}: {done.returncode} {said}"
+        return said
+
     def add(self, source: bytes | Path, name: str | None = None) -> str:
         named = [] if name is None else ["--name", name]
-        return self.nix.run("nix", "store", "add", "--store", self.root, *named, source).decode().strip()
+        return self.run("nix", "store", "add", *named, source)
 
-    def build(self, attribute: str, *, seed: str = "1", ca: bool = False) -> list[str]:
+    def build(self, attribute: str, *options: str, seed: str = "1", ca: bool = False) -> list[str]:
         """Build an attribute of closure.nix and return its outputs' paths."""
-        out = self.nix.run(
-            "nix-build", "--store", self.root, CLOSURE, "--no-out-link", "-Q", "-A", attribute,
+        return self.run(*self._build(attribute, seed, ca), *options).split()
+
+    def refuse_to_build(self, attribute: str, *options: str, seed: str = "1", ca: bool = False) -> str:
+        """Build an attribute of closure.nix, which must fail, and return what Nix says."""
+        return self.refuse(*self._build(attribute, seed, ca), *options)
+
+    def _build(self, attribute: str, seed: str, ca: bool) -> list[str | Path]:
+        return [
+            "nix-build", CLOSURE, "--no-out-link", "-Q", "-A", attribute,
             "--arg", "tools", self.tools, "--argstr", "seed", seed, "--arg", "ca", str(ca).lower(),
-        )  # fmt: skip
-        return out.decode().split()
+        ]  # fmt: skip
 
     def closure(self, paths: Iterable[str]) -> list[str]:
-        out = self.nix.run("nix-store", "--store", self.root, "--query", "--requisites", *paths)
-        return out.decode().split()
+        return self.run("nix-store", "--query", "--requisites", *paths).split()
 
     def path_infos(self, paths: Iterable[str] = ()) -> dict[str, PathInfo]:
         """Return what Nix says about these paths, or about every valid one."""
         chosen = list(paths) or ["--all"]
-        command = ["nix", "path-info", "--store", str(self.root), "--json"]
+        command = ["nix", "path-info", "--store", self.address, "--json"]
         done = self.nix.attempt(*command, "--json-format", "1", *chosen)
         if done.returncode:  # a Nix before 2.33 has one format, and no option to say so
             done = self.nix.attempt(*command, *chosen)

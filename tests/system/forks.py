@@ -106,6 +106,7 @@ def forked_store_in(folder: Path, forks: Forks) -> Iterator[ForkedStore]:
             yield here
         finally:
             left = here.end()
+            plain.log_expected = here.log_expected
         assert not left, f"daemons did not end: {left}"
 
 

@@ -229,6 +229,11 @@ def alive(pid: int) -> bool:
         return False
 
 
+def parent_of(pid: int) -> int:
+    """Return the parent of a process."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
 def status_bytes(pid: int | str, field: str) -> int:
     """Return a field of /proc/PID/status that is given in kB, in bytes."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
-from tests.commands import wait_until
+from cidfs.errors import Unhealthy, exit_code
+from tests.commands import Store, wait_until
 from tests.system.person import Person
 from tests.system.support import (
     alive,
@@ -102,3 +104,24 @@ def test_an_ordinary_users_store_is_rebuilt_and_verified(person: Person, public:
     assert [path for path in (state / "run").iterdir() if path.suffix != ".log"] == []
     assert str(mountpoint) not in [m[1] for m in mount_lines()]
     assert inodes(mountpoint).keys() == {b""}
+
+
+@pytest.mark.usefixtures("fuse_for_all")
+def test_an_ordinary_user_has_his_store_examined_but_not_roots(
+    person: Person, public: Path, store: Store
+) -> None:
+    tree = make_files(public / "tree", {b"file": b"x"})
+    mountpoint = person.home / "mnt"
+    person.run("mkdir", mountpoint)
+    person.cidfs("add", tree)
+    person.cidfs("mount", mountpoint)
+    lines = person.cidfs("doctor")
+    assert f"ok       mount: {mountpoint}: answers" in lines
+    assert not [line for line in lines if line.startswith("failure")]
+    person.cidfs("umount", mountpoint)
+    if os.geteuid() == 0:
+        store.add(tree)
+        shutil.move(store.state, public / "of root")
+        (public / "of root" / "format").chmod(0o600)
+        (complaint,) = person.cidfs("--state", public / "of root", "doctor", code=exit_code(Unhealthy()))
+        assert "1 failure" in complaint

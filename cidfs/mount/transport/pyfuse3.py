@@ -214,5 +214,6 @@ def _entry(attributes: Attributes) -> EntryAttributes:
     entry.st_nlink = 1
     entry.st_uid = entry.st_gid = 0
     entry.st_mtime_ns = entry.st_atime_ns = entry.st_ctime_ns = 1_000_000_000
-    entry.entry_timeout = entry.attr_timeout = FOREVER
+    entry.entry_timeout = 0 if attributes.fleeting else FOREVER
+    entry.attr_timeout = FOREVER
     return entry
