@@ -41,7 +41,9 @@ from cidfs.nix.listener import NixListener
 
 log = logging.getLogger(__name__)
 
-LOOK_SECONDS: Final = 1.0  # a leader that is dead while a thread of it is not shows in /proc alone
+UNKNOWN: Final = -1
+GRACE_SECONDS: Final = 1.0
+LOOK_SECONDS: Final = 0.5  # a leader that is dead while a thread of it is not shows in /proc alone
 STOP_SECONDS: Final = 10.0
 BACK_OFF: Final = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 CALM_SECONDS: Final = 60.0  # after which a death counts as the first one again
@@ -55,19 +57,34 @@ class _Child:
 
     pid: int
     fd: int
+    status: int = UNKNOWN
+    _since: float = 0.0
 
     @classmethod
     def of(cls, pid: int) -> _Child:
         return cls(pid, os.pidfd_open(pid))
 
     def has_ended(self) -> bool:
-        """Say whether it is dead, even where a thread of it waits in the kernel for ever."""
-        return _state(self.pid) in ("Z", "X", "")
+        """Say whether it is dead; then `status` is its wait status.
 
-    def reap(self) -> None:
-        """Take its exit status, if it can be had."""
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(self.pid, os.WNOHANG)
+        That is UNKNOWN where its first thread has ended and another one waits in the kernel: that can be for
+        ever, so it counts as dead after a moment.
+        """
+        try:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+        except ChildProcessError:
+            return True
+        if pid:
+            self.status = status
+            return True
+        if _state(self.pid) not in ("Z", "X"):
+            return False
+        now = time.monotonic()
+        self._since = self._since or now
+        return now - self._since > GRACE_SECONDS
+
+    def forget(self) -> None:
+        """Let go of one that has ended."""
         os.close(self.fd)
 
 
@@ -114,6 +131,7 @@ class Holder:
             self._control = Path(os.fsdecode(bytes.fromhex(told.control)))
             self._mount = session.mount_of(self._plan.state, self._plan.mountpoint)
             self._open_nix_socket()
+            metadata.rehearse(self._plan.state)
             self._lease = leases.take(
                 self._plan.state / "run",
                 leases.HOLDER,
@@ -178,10 +196,13 @@ class Holder:
         """Watch until all has ended: the file system was unmounted, or this process was told to end."""
         _lock_memory()
         self._start_nix()
-        poll = select.poll()
-        poll.register(self._wake[0], select.POLLIN)
-        poll.register(self._mine.fileno(), select.POLLIN)
+        waits, acts_too = select.poll(), select.poll()
+        for poll in (waits, acts_too):
+            poll.register(self._wake[0], select.POLLIN)
+        acts_too.register(self._mine.fileno(), select.POLLIN)
         while not self._ending:
+            # the next act may be asked for as soon as the outcome of the last one is known, before its end is
+            poll = acts_too if self._act is None else waits
             pause = LOOK_SECONDS
             if self._start_at is not None:
                 pause = min(pause, max(0.0, self._start_at - time.monotonic()))
@@ -189,7 +210,7 @@ class Holder:
             if self._wake[0] in ready and self._signals() & {signal.SIGTERM, signal.SIGINT}:
                 self._ending = True
             if self._mine.fileno() in ready and not self._take_message():
-                poll.unregister(self._mine.fileno())
+                acts_too.unregister(self._mine.fileno())
             self._look_at_children()
         self._stop_daemon()
         self._stop_nix()
@@ -203,15 +224,15 @@ class Holder:
     def _look_at_children(self) -> None:
         if self._act is not None:
             if self._act.has_ended():
-                self._act.reap()
+                self._act.forget()
                 self._act = None
             elif time.monotonic() - self._act_began > acts.ACT_SECONDS:
                 os.kill(self._act.pid, signal.SIGKILL)
                 self._answer(acts.Outcome(self._act_number, problem="an overlay does not answer"))
-                self._act.reap()  # what it waits for may let it go one day: init takes it then
+                self._act.forget()  # what it waits for may let it go one day: init takes it then
                 self._act = None
         if self._nix is not None and self._nix.has_ended():
-            self._nix.reap()
+            self._nix.forget()
             self._nix = None
             self._board.nix = 0
             self._nix_died()
@@ -235,9 +256,6 @@ class Holder:
         except msgspec.MsgspecError as e:
             log.warning("the daemon asks for what is no act: %s", e)
             return True
-        if self._act is not None:
-            self._answer(acts.Outcome(act.number, problem="the act before has not ended"))
-            return True
         pid = os.fork()
         if pid == 0:
             self._become_child()
@@ -255,11 +273,8 @@ class Holder:
 
     def _daemon_ended(self) -> None:
         assert self._daemon is not None
-        status = -1
-        with contextlib.suppress(ChildProcessError):
-            _, status = os.waitpid(self._daemon.pid, os.WNOHANG)
-        os.close(self._daemon.fd)
-        pid, self._daemon = self._daemon.pid, None
+        self._daemon.forget()
+        pid, status, self._daemon = self._daemon.pid, self._daemon.status, None
         self._board.state = boards.GONE
         if status == 0 and (self._mount is None or not session.is_mounted(self._mount)):
             self._ending = True  # unmounted, as somebody wanted it
@@ -289,7 +304,7 @@ class Holder:
                 session.take_from_sight(self._mount)
                 deadline = float("inf")
             select.select([self._daemon.fd], [], [], 0.05)
-        self._daemon.reap()
+        self._daemon.forget()
         self._daemon = None
         session.take_from_sight(self._mount)
 
@@ -335,7 +350,7 @@ class Holder:
                 os.kill(self._nix.pid, signal.SIGKILL)
                 deadline = float("inf")
             select.select([self._nix.fd], [], [], 0.05)
-        self._nix.reap()
+        self._nix.forget()
         self._nix = None
 
     # ---
@@ -357,9 +372,7 @@ class Holder:
 
 
 def _lock_memory() -> None:
-    """Keep what is loaded in memory, as far as this user may; what is not used again is thrown away first."""
-    gc.collect()
-    gc.freeze()  # a child does not copy what it only looks at
+    """Keep what is loaded in memory, as far as this user may."""
     ctypes.CDLL(None).mlockall(_MCL_CURRENT)
 
 
@@ -369,6 +382,8 @@ def run(plan: MountPlan, deadline: float, ready: Callable[[], None]) -> None:
     Raises the errors of the start. Must be called before any thread has started in this process.
     """
     holder = Holder(plan)
+    gc.collect()
+    gc.freeze()  # children do not copy what they only look at
     holder.start(deadline)
     ready()
     session.notify("READY=1")

@@ -29,8 +29,8 @@ app = typer.Typer(
     epilog="Results go to standard output, all else to standard error. Exit codes: 0 done, 1 other,"
     " 2 wrong use, 3 unreadable source, 4 absent, 5 hash mismatch, 6 conflict, 7 malformed, 8 not trusted,"
     " 9 in use, 10 no store, 11 other version, 12 index lost, 13 locked, 14 not permitted, 15 disk,"
-    " 16 damaged, 17 journal lost, 18 chunk lost, 19 unhealthy, 20 mount failed, 21 mount point absent, 22 busy,"
-    " 130 interrupted.",
+    " 16 damaged, 17 journal lost, 18 chunk lost, 19 unhealthy, 20 mount failed, 21 mount point absent,"
+    " 22 busy, 130 interrupted.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

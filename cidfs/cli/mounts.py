@@ -93,10 +93,11 @@ def umount(
 ) -> None:
     """Take a cidfs mount down and wait until its daemon has ended; or take an overlay on one down."""
     from cidfs import background
-    from cidfs.mount import overlay, overlay_plan
+    from cidfs.mount import overlay_plan
 
     where = mountinfo.resolve(mountpoint)
-    if overlay.overlay_at(where) is not None:
+    state = Path(GLOBALS.settings().store.state)
+    if overlay_plan.is_ours(where, state):
         overlay_plan.unmount_overlay(where, lazy=lazy)
     else:
-        background.stop(where, Path(GLOBALS.settings().store.state), lazy=lazy)
+        background.stop(where, state, lazy=lazy)

@@ -169,7 +169,10 @@ def _show(now: Stats) -> None:
                 [
                     ("connections now / in all", f"{d.nix.connections:,} / {d.nix.connections_total:,}"),
                     ("requests", f"{d.nix.requests:,}"),
-                    ("refused / connections ended for what they did", f"{d.nix.refused:,} / {d.nix.broken:,}"),
+                    (
+                        "refused / connections ended for what they did",
+                        f"{d.nix.refused:,} / {d.nix.broken:,}",
+                    ),
                     ("answered as absent although published", f"{d.nix.withheld:,}"),
                     ("started again", f"{d.nix.restarts:,}"),
                 ],

@@ -71,7 +71,7 @@ def settings(with_overlay: bool) -> Iterator[Finding]:
     if with_overlay and values.get("auto-optimise-store", "false") == "true":
         what = f"{path}: `auto-optimise-store` is on, and an overlay stands on a mount"
         yield Finding("settings", WARNING, what, "set it to false: paths that are in use could vanish")
-    if not uri.startswith("local-overlay:") and not with_overlay:
+    elif not uri.startswith("local-overlay:"):
         yield Finding("settings", OK, f"{path}: nothing in the way of an overlay")
 
 

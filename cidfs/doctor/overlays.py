@@ -37,10 +37,11 @@ def above(mount: Standing) -> list[Overlay]:
 def look(mount: Standing, overlay: Overlay) -> Iterator[Finding]:
     """Look at one overlay."""
     where = overlay.mountpoint
-    anew = f"`umount {where}`, then `cidfs overlay {where}` with the same upper and work folder"
+    down = f"`cidfs --state {mount.state} umount {where}`"
+    anew = f"{down}, then `cidfs overlay {where}` with the same upper and work folder"
     if mount.info is None:
         what = f"{where}: the overlay's mount {mount.mountpoint} has gone: it is dead too"
-        yield Finding("overlay", FAILURE, what, f"`umount {where}`; {mount.again}; then `cidfs overlay`")
+        yield Finding("overlay", FAILURE, what, f"{down}; {mount.again}; then `cidfs overlay`")
         return
     top = mounted_at(Path(where), mount.mounted)
     if top is None or top.device != overlay.device:
@@ -48,7 +49,7 @@ def look(mount: Standing, overlay: Overlay) -> Iterator[Finding]:
         what = f"{where}: a mount of type {kind} covers the overlay: it cannot be told of new paths"
         yield Finding("overlay", FAILURE, what, f"take that down (`umount {where}`)")
         return
-    yield from _spelling(mount.info, overlay, top, anew)
+    yield from _fitness(mount.info, overlay, top, anew)
     if not mount.at_home or mount.is_stopped:
         return
     code = _error_in(where)
@@ -61,9 +62,12 @@ def look(mount: Standing, overlay: Overlay) -> Iterator[Finding]:
         yield Finding("overlay", OK, f"{where}: answers")
 
 
-def _spelling(below: MountInfo, overlay: Overlay, top: MountInfo, anew: str) -> Iterator[Finding]:
-    """Hold an overlay against what Nix looks for in /proc/self/mounts (its setting `check-mount`)."""
+def _fitness(below: MountInfo, overlay: Overlay, top: MountInfo, anew: str) -> Iterator[Finding]:
+    """Hold an overlay against what Nix wants of it, and looks for in /proc/self/mounts (`check-mount`)."""
     where = overlay.mountpoint
+    if "ro" in top.options:
+        what = f"{where}: the overlay itself is read-only, as `mount -o remount` makes it: Nix cannot build"
+        yield Finding("overlay", FAILURE, what, anew)
     if overlay.lower != (below.mountpoint,):
         spelled = ":".join(overlay.lower)
         what = f"{where}: its lower is spelled {spelled}, and not {below.mountpoint}: Nix may refuse it"

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from cidfs.mount import mountinfo, session
+from cidfs.mount import mountinfo
 from cidfs.mount.mountinfo import MountInfo
 
 
@@ -35,11 +35,6 @@ def command_of(pid: int) -> str:
     except OSError:
         return ""
     return b" ".join(words).decode(errors="replace").strip()[:60]
-
-
-def parent_of(pid: int) -> int:
-    """Return the parent of a process; 0 when there is no such process."""
-    return session.parent_of(pid)
 
 
 def children_of(pid: int) -> list[int]:

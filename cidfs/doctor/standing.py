@@ -13,6 +13,7 @@ from cidfs.doctor import processes
 from cidfs.local.leases import HOLDER, MOUNT, LeaseInfo
 from cidfs.local.state import StateFolder
 from cidfs.mount.mountinfo import FILE_SYSTEM_TYPE, MountInfo, mounted_at, printable, source_of
+from cidfs.mount.session import parent_of
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,6 @@ class Standing:
     holder: LeaseInfo | None
     mounted: list[MountInfo]
     at_home: bool
-
-    @property
-    def is_dead(self) -> bool:
-        """Whether nobody answers for it any more."""
-        return self.daemon is None
 
     @property
     def is_stopped(self) -> bool:
@@ -74,7 +70,7 @@ def _at(
     )
     parents = [info for _, info in here if info.kind == HOLDER]
     if daemon is not None:
-        parents = [info for info in parents if info.pid == processes.parent_of(daemon.pid)]
+        parents = [info for info in parents if info.pid == parent_of(daemon.pid)]
     holder = max(parents, key=lambda info: info.started, default=None)
     mounted, at_home = home, True
     if holder is not None and processes.namespace_of(holder.pid) not in ("", processes.namespace_of("self")):

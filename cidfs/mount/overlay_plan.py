@@ -97,14 +97,26 @@ def mount_overlay(plan: OverlayPlan) -> None:
         )
 
 
+def is_ours(merged: Path, state: Path) -> bool:
+    """Say whether an overlay is at a folder that stands on a cidfs mount.
+
+    Or that stood on one whose daemon died: what is left of that says so in the state folder.
+    """
+    here = mounted_at(merged)
+    if here is None or here.type != OVERLAY_TYPE:
+        return False
+    below = overlay_of(here).lower
+    return overlay_at(merged) is not None or any(session.holders_of(state, Path(each)) for each in below)
+
+
 def unmount_overlay(merged: Path, *, lazy: bool) -> None:
-    """Take down an overlay that stands on a cidfs mount, with all mounts of it at that folder.
+    """Take down an overlay, with all mounts of it at that folder.
 
     Raise MountPointAbsent, MountPointBusy, NotPermitted or MountFailed.
     """
-    found = overlay_at(merged)
-    if found is None:
-        raise MountPointAbsent(f"{merged}: no overlay on a cidfs mount is there")
+    found = mounted_at(merged)
+    if found is None or found.type != OVERLAY_TYPE:
+        raise MountPointAbsent(f"{merged}: no overlay is there")
     if os.geteuid() != 0:
         raise NotPermitted(f"{merged}: only root may take an overlay down")
     while (here := mounted_at(merged)) is not None and here.device == found.device:

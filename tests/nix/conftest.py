@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from .lab import Lab, lab_in
+from .lab import Lab, OverlayStore, lab_in
 from .real_nix import ChrootStore, Nix, PathInfo
 from .tool import Cidfs, Mount, mount_points, mounted
 from .trees import TREES
@@ -82,6 +82,15 @@ def labs(work: Path) -> Iterator[Callable[[str], Lab]]:
 def lab(request: pytest.FixtureRequest, labs: Callable[[str], Lab]) -> Lab:
     """Return a mount below real overlays: of either Nix in turn, and one for all tests with it."""
     return labs(request.param)
+
+
+@pytest.fixture(scope="module")
+def above(lab: Lab) -> Iterator[OverlayStore]:
+    """Return an overlay store on the lab's mount; all that a file's tests leave in it can be collected."""
+    with lab.overlay() as store:
+        yield store
+        store.collect()
+        assert (store.written(), store.whiteouts()) == (set(), [])
 
 
 @pytest.fixture

@@ -10,12 +10,16 @@ import stat
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
-from .real_nix import ChrootStore, Nix
-from .tool import Cidfs, Mount, mount_points, mounted
+from .real_nix import ChrootStore, Nix, one
+from .tool import Cidfs, Mount, mount_points, mounted, wait_until
+
+PATIENCE = 60.0
+SLOW = "the daemon does not answer"  # in time: on a machine with much else to do
 
 
 class OverlayStore(ChrootStore):
@@ -40,6 +44,26 @@ class OverlayStore(ChrootStore):
     def whiteouts(self) -> list[Path]:
         return [path for path in self.upper.rglob("*") if stat.S_ISCHR(path.lstat().st_mode)]
 
+    def collect(self) -> None:
+        """Collect all garbage: three times, as Nix keeps some of what came to be below after it was built.
+
+        It stops at what is referred to from below by what its own database has forgotten a moment before.
+        """
+        for _ in range(3):
+            self.run("nix-store", "--gc")
+
+    def hooked(self, record: Path) -> OverlayStore:
+        """Return this store with a remount hook that also writes down what it is called with."""
+        before, key, hook = self.address.partition("remount-hook=")
+        assert os.access(hook, os.X_OK), f"no hook in {self.address}"
+        wrapper = record.with_suffix(".hook")
+        wrapper.write_text(f'#!/bin/sh\necho "$@" >> {record}\nexec {hook} "$@"\n')
+        wrapper.chmod(0o755)
+        record.touch()
+        other = copy(self)
+        other.address = f"{before}{key}{wrapper}"
+        return other
+
 
 @dataclass(frozen=True)
 class Lab:
@@ -63,37 +87,70 @@ class Lab:
 
     def output(self, name: str) -> str:
         """Return the path of an output of `everything` that was built with the seed 1."""
-        (path,) = (path for path in self.outputs if path.endswith(f"-{name}-1"))
+        return one(self.outputs, f"-{name}-1")
+
+    @property
+    def remote(self) -> str:
+        """Return the store URI of the socket alone, for which Nix reads the files in the mount."""
+        return f"unix://{self.socket}?real={self.mount.at}"
+
+    def is_shown(self, path: str) -> bool:
+        """Say whether the mount has a store path."""
+        return os.path.lexists(self.mount.path(path))
+
+    def import_(self, *paths: str) -> None:
+        """Import paths of the chroot store with their closures, and wait until Nix may rely on them."""
+        self.cidfs.run("import", "--from", self.store.root, *paths)
+        self._await_valid(*paths)
+
+    def add(self, source: Path) -> str:
+        """Add a file to what is below, wait until Nix may rely on it, and return its path."""
+        (path,) = self.cidfs.run("add", source).lines
+        self._await_valid(path)
         return path
 
-    def import_(self, *paths: str, store: ChrootStore | None = None) -> None:
-        """Have the mount show these paths of a chroot store, and their closures."""
-        self.cidfs.run("import", "--from", (store or self.store).root, *paths)
+    def _await_valid(self, *paths: str) -> None:
+        command = ["nix", "path-info", "--store", self.remote, *paths]
+        wait_until("the new paths are valid", lambda: self.nix.attempt(*command).returncode == 0, PATIENCE)
 
     @contextmanager
     def overlay(self) -> Iterator[OverlayStore]:
         """Mount an overlay with an empty upper layer, and a Nix store with an empty database on it."""
         at = self.at / f"overlay-{next(self._numbers)}"
-        merged = at / "merged" / "nix" / "store"
-        merged.mkdir(parents=True)
-        done = self.cidfs.run(
-            "overlay", merged, "--upper", at / "upper", "--work", at / "work", "--mount", self.mount.at
-        )
-        try:
-            (uri,) = done.lines
+        with overlay_on(self.mount, at) as uri:
             yield OverlayStore(self.nix, at, uri)
-        finally:
-            self.cidfs.run("umount", merged)
-        assert mount_points(at) == []
+
+
+@contextmanager
+def overlay_on(mount: Mount, at: Path) -> Iterator[str]:
+    """Mount an overlay at AT/merged/nix/store with its upper layer in AT/upper, and give its store URI."""
+    merged = at / "merged" / "nix" / "store"
+    merged.mkdir(parents=True)
+    layers = ("--upper", at / "upper", "--work", at / "work")
+    done = mount.cidfs.run("overlay", merged, *layers, "--mount", mount.at)
+    try:
+        (uri,) = done.lines
+        yield uri
+    finally:
+        mount.cidfs.run("umount", merged)
+    assert mount_points(at) == []
+
+
+@contextmanager
+def ground_at(folder: Path) -> Iterator[Path]:
+    """Mount a tmpfs; nothing may be left on it in the end."""
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
 
 
 @contextmanager
 def lab_in(at: Path, nix: Nix) -> Iterator[Lab]:
     """Build, import and mount in a folder; all is taken down afterwards, and no daemon may have logged."""
-    ground = at / "ground"
-    ground.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", ground], check=True)
-    try:
+    with ground_at(at / "ground") as ground:
         store = ChrootStore(nix, ground / "root")
         outputs = store.build("everything")
         ca_outputs = store.build("everything", seed="ca", ca=True)
@@ -101,7 +158,11 @@ def lab_in(at: Path, nix: Nix) -> Iterator[Lab]:
         cidfs.run("import", "--all", "--from", store.root)
         with mounted(cidfs, ground / "mnt") as mount:
             yield Lab(nix, store, cidfs, mount, tuple(outputs), tuple(ca_outputs), ground)
-        logged = [log.read_text() for log in (cidfs.state / "run").glob("*.log")]
-        assert "".join(logged) == "", "a daemon has logged something"
-    finally:
-        subprocess.run(["umount", ground], check=True)
+        assert_quiet(cidfs)
+
+
+def assert_quiet(cidfs: Cidfs) -> None:
+    """Fail when a daemon has logged anything but that it was slow."""
+    logs = (cidfs.state / "run").glob("*.log")
+    logged = [line for log in logs for line in log.read_text().splitlines() if SLOW not in line]
+    assert logged == [], "a daemon has logged something"

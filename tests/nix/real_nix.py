@@ -38,6 +38,12 @@ class PathInfo:
     ca: str | None
 
 
+def one(paths: Iterable[str], end: str) -> str:
+    """Return the only path that ends so."""
+    (path,) = (path for path in paths if path.endswith(end))
+    return path
+
+
 class Nix:
     """Runs the commands of the Nix under `prefix`, its configuration and home under `work`."""
 

@@ -3,84 +3,43 @@
 from __future__ import annotations
 
 import os
-import select
 import shutil
-import sqlite3
 import stat
 import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from .conftest import World
-from .real_nix import CLOSURE, ChrootStore
-from .tool import Cidfs, Mount, mounted
+from .lab import ground_at, overlay_on
+from .tool import Mount
 from .trees import TREES, differences, snapshot
-
-_SETUP = """
-mount -t tmpfs tmpfs "$1"
-mkdir -p "$1/upper" "$1/work" "$1/merged/nix/store"
-mount -t overlay overlay -o "lowerdir=$2,upperdir=$1/upper,workdir=$1/work" "$1/merged/nix/store"
-echo ready
-exec cat
-"""
 
 
 @dataclass(frozen=True)
 class Overlay:
-    """An overlay in a mount namespace of its own; `view` is where this process sees that namespace."""
+    """An overlay on the session's mount; nobody builds in it."""
 
-    namespace: int
     at: Path
 
     @property
-    def view(self) -> Path:
-        return Path(f"/proc/{self.namespace}/root{self.at}")
-
-    @property
     def merged(self) -> Path:
-        return self.view / "merged" / "nix" / "store"
+        return self.at / "merged" / "nix" / "store"
 
     @property
     def upper(self) -> Path:
-        return self.view / "upper"
+        return self.at / "upper"
 
     def path(self, store_path: str) -> Path:
         return self.merged / store_path.rpartition("/")[2]
 
-    @property
-    def enter(self) -> tuple[str, ...]:
-        return ("nsenter", "--target", str(self.namespace), "--mount")
-
-    def whiteouts(self) -> list[Path]:
-        return [path for path in self.upper.rglob("*") if stat.S_ISCHR(path.lstat().st_mode)]
-
-
-@contextmanager
-def _overlay(mount: Mount, at: Path) -> Iterator[Overlay]:
-    at.mkdir()
-    keeper = subprocess.Popen(
-        ["unshare", "--mount", "--propagation", "private", "sh", "-ec", _SETUP, "sh", at, mount.at],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    with keeper:
-        assert keeper.stdout is not None
-        try:
-            assert select.select([keeper.stdout], [], [], 30)[0], "the overlay was not mounted in time"
-            assert keeper.stdout.readline() == b"ready\n"
-            yield Overlay(keeper.pid, at)
-        finally:
-            keeper.kill()
-
 
 @pytest.fixture
 def overlay(mount: Mount, tmp_path: Path) -> Iterator[Overlay]:
-    with _overlay(mount, tmp_path.resolve() / "overlay") as overlay:
-        yield overlay
+    with ground_at(tmp_path.resolve() / "ground") as ground, overlay_on(mount, ground / "overlay"):
+        yield Overlay(ground / "overlay")
 
 
 def test_an_overlay_shows_what_the_mount_shows(world: World, mount: Mount, overlay: Overlay) -> None:
@@ -144,76 +103,3 @@ def test_changes_above_leave_the_mount_as_it_was(world: World, mount: Mount, ove
 def test_a_program_runs_through_the_overlay(world: World, overlay: Overlay) -> None:
     done = subprocess.run([overlay.path(world.trees["executable"])], capture_output=True, check=False)
     assert (done.returncode, done.stdout) == (0, b"top level\n")
-
-
-@dataclass(frozen=True)
-class LocalOverlay:
-    """Nix's local-overlay store: the mount below, with a copy of the database that goes with it."""
-
-    overlay: Overlay
-    store: ChrootStore
-    uri: str
-
-    def nix(self, *arguments: str | Path) -> str:
-        name, *rest = arguments
-        command = (name, "--store", self.uri, *rest) if name != "nix" else (name, *rest, "--store", self.uri)
-        return self.store.nix.run(*command, within=self.overlay.enter).decode().strip()
-
-    def build(self, seed: str) -> list[str]:
-        options: list[str | Path] = [
-            "--no-out-link",
-            "-Q",
-            "--arg",
-            "tools",
-            self.store.tools,
-            "--argstr",
-            "seed",
-            seed,
-        ]
-        return self.nix("nix-build", CLOSURE, "-A", "everything", *options).split()
-
-
-@pytest.fixture
-def local_overlay(world: World, new_cidfs: Callable[[], Cidfs], tmp_path: Path) -> Iterator[LocalOverlay]:
-    """Mount without a listed root, as an overlay wants it."""
-    at = tmp_path.resolve()
-    lower = at / "lower"
-    (lower / "nix/var/nix/db").mkdir(parents=True)
-    with (
-        closing(sqlite3.connect(world.store.database)) as source,
-        closing(sqlite3.connect(lower / "nix/var/nix/db/db.sqlite")) as copy,
-    ):
-        source.backup(copy)
-        copy.execute("pragma journal_mode = delete")
-    shutil.copy(world.store.database.with_name("schema"), lower / "nix/var/nix/db/schema")
-    cidfs = new_cidfs()
-    cidfs.run("import", "--all", "--from", world.store.root)
-    with mounted(cidfs, lower / "nix/store") as mount, _overlay(mount, at / "overlay") as overlay:
-        hook = at / "remount"
-        hook.write_text('#!/bin/sh\nLIBMOUNT_FORCE_MOUNT2=always exec mount -o remount "$1"\n')
-        hook.chmod(0o755)
-        uri = (
-            f"local-overlay://?root={overlay.at}/merged&lower-store={lower}%3Fread-only%3Dtrue"
-            f"&upper-layer={overlay.at}/upper&remount-hook={hook}"
-        )
-        yield LocalOverlay(overlay, world.store, uri)
-
-
-def test_nix_builds_verifies_and_collects_above_the_mount(world: World, local_overlay: LocalOverlay) -> None:
-    nix, upper = local_overlay.nix, local_overlay.overlay.upper
-    assert nix("nix", "path-info", world.top) == world.top
-    assert nix("nix-store", "--query", "--requisites", world.top).split() == world.store.closure([world.top])
-    assert local_overlay.build("1") == list(world.outputs)
-    assert list(upper.iterdir()) == [], "what is below was built again"
-
-    built = local_overlay.build("above")
-    assert {path.rpartition("/")[2] for path in built} <= set(os.listdir(upper))
-    nix("nix-store", "--verify", "--check-contents")
-
-    (top,) = (path for path in built if path.endswith("-top-above"))
-    nix("nix-store", "--delete", top)
-    assert not os.path.lexists(upper / top.rpartition("/")[2])
-    nix("nix-store", "--gc")
-    assert [name for name in os.listdir(upper) if name != ".links"] == []
-    assert local_overlay.overlay.whiteouts() == []
-    assert nix("nix", "path-info", world.top) == world.top

@@ -75,6 +75,14 @@ def test_requests_that_are_refused(data: bytes, size: int) -> None:
     assert not server.idle
 
 
+@pytest.mark.parametrize("begin", [u(1), u(31, 1), u(31, 2) + t("x"), u(12), u(43)])
+def test_a_text_too_long_is_refused_when_it_is_there_too(begin: bytes) -> None:
+    server = greeted(features=r.FEATURES)
+    server.feed(begin + t("x" * (MAX_TEXT + 1)) + u(0))
+    with pytest.raises(ProtocolError, match=f"{MAX_TEXT + 1} bytes"):
+        server.next()
+
+
 @pytest.mark.parametrize("begin", [u(31, MAX_ITEMS), u(30, MAX_ITEMS), u(40, MAX_ITEMS), u(9, MAX_ITEMS)])
 def test_a_million_announced_texts_cost_nothing(begin: bytes) -> None:
     server = greeted()

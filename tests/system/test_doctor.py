@@ -37,6 +37,8 @@ with StateFolder.open(Path(sys.argv[1])).write_lock(60):
     print("held", flush=True)
     signal.pause()
 """
+LET_GO = """awk -v inside="$1/" '$3 ~ /^(fuse|overlay)/ && index($2, inside) != 1 {print $2}' \\
+    /proc/self/mounts | tac | xargs -r umount -l"""
 
 
 @dataclass(frozen=True)
@@ -207,13 +209,13 @@ def test_processes_that_died_are_found_and_the_advice_mends_it(place: Place) -> 
     assert set(found) == {"mount", "nix", "overlay", "log"}
     assert "daemon died" in found["mount"].what
     assert f"mount {place.mountpoint}`" in found["mount"].advice
-    assert f"`umount {place.merged}`" in found["overlay"].advice
+    assert f"umount {place.merged}`" in found["overlay"].advice
 
     store.run("mount", place.mountpoint)  # without taking the dead overlay down first
     found = wrong(store)
     assert set(found) == {"overlay", "log"}
     assert (found["overlay"].level, found["log"].level) == (FAILURE, WARNING)
-    umount(place.merged)
+    store.run("umount", place.merged)
     place.overlay()
     for log in (store.state / "run").glob("*.log"):
         log.unlink()
@@ -299,6 +301,18 @@ def test_an_overlay_that_is_covered_is_found(lasting: Place) -> None:
         umount(lasting.merged)
 
 
+def test_an_overlay_that_was_made_read_only_is_found(lasting: Place) -> None:
+    mount("-o", "remount,ro", lasting.merged)
+    try:
+        found = wrong(lasting.store)
+        assert set(found) == {"overlay"}
+        assert found["overlay"].level == FAILURE
+        assert "read-only" in found["overlay"].what
+    finally:
+        mount("-o", "remount,rw", lasting.merged)
+    assert wrong(lasting.store) == {}
+
+
 def test_a_read_only_mount_of_the_overlay_over_it_is_none_of_that(lasting: Place) -> None:
     mount("--bind", lasting.merged, lasting.merged)
     mount("-o", "remount,ro,bind", lasting.merged)
@@ -313,7 +327,7 @@ def test_an_overlay_in_another_namespace_is_found(lasting: Place) -> None:
     for name in ("merged", "upper", "work"):
         (other / name).mkdir(parents=True)
     options = f"lowerdir={lasting.mountpoint},upperdir={other}/upper,workdir={other}/work"
-    with apart(f"mount -t overlay -o {options} overlay {other}/merged") as pid:
+    with apart(f"mount -t overlay -o {options} overlay {other}/merged", lasting.folder) as pid:
         found = wrong(lasting.store)
         assert set(found) == {"overlay"}
         assert found["overlay"].level == WARNING
@@ -325,10 +339,10 @@ def test_an_overlay_in_another_namespace_is_found(lasting: Place) -> None:
 def test_who_goes_on_with_a_dead_overlay_is_found(place: Place) -> None:
     """As nix-daemon does, which has a mount namespace of its own."""
     daemon, parent, _ = place.daemon()
-    with apart(f"test -d {place.merged}") as pid:
+    with apart(f"test -d {place.merged}", place.folder) as pid:
         os.kill(daemon, signal.SIGKILL)
         wait_until(lambda: not os.path.ismount(place.mountpoint), 60)
-        umount(place.merged)
+        place.store.run("umount", place.merged)
         place.mount()
         wait_until(lambda: not alive(parent), 60)
         place.overlay()
@@ -342,9 +356,13 @@ def test_who_goes_on_with_a_dead_overlay_is_found(place: Place) -> None:
 
 
 @contextlib.contextmanager
-def apart(script: str) -> Iterator[int]:
-    """Run a shell in a mount namespace of its own, and yield its number when a script is done there."""
-    command = ["unshare", "-m", "--propagation", "private", "sh", "-c", f"{script} && echo done && exec cat"]
+def apart(script: str, folder: Path) -> Iterator[int]:
+    """Run a shell in a mount namespace of its own, and yield its number when a script is done there.
+
+    It has no copy of mounts outside of a folder: those would not end as long as it runs.
+    """
+    script = f"{LET_GO} && {script} && echo done && exec cat"
+    command = ["unshare", "-m", "--propagation", "private", "sh", "-ec", script, "sh", str(folder)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"done\n"
@@ -444,8 +462,13 @@ def test_a_look_that_ends_the_process_is_a_failure() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
         yield Finding("one", OK, "never")
 
+    def broken() -> Iterator[Finding]:
+        yield Finding("one", OK, "seen")
+        raise LookupError
+
     (found,) = bounded.look("two", look, 60)
     assert (found.check, found.level) == ("two", FAILURE)
+    assert [f.level for f in bounded.look("two", broken, 60)] == [OK, FAILURE]
     assert bounded.errno_of(lambda: os.lstat("/none/at/all"), 60) == 2
     assert bounded.errno_of(lambda: None, 60) == 0
 
@@ -456,7 +479,7 @@ def test_a_look_that_ends_the_process_is_a_failure() -> None:
         ("store = local-overlay://?root=/x\n", False, [WARNING]),
         ("auto-optimise-store = true # all of it\n", True, [WARNING]),
         ("auto-optimise-store = true\n", False, [OK]),
-        ("# store = local-overlay://\nstore = daemon\n", False, [OK]),
+        ("# store = local-overlay://\nstore = daemon\n", True, [OK]),
     ],
 )
 def test_what_nix_conf_must_not_say(

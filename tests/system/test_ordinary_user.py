@@ -101,7 +101,7 @@ def test_an_ordinary_users_store_is_rebuilt_and_verified(person: Person, public:
     fusermount = person.run("fusermount3", "-u", mountpoint)  # without cidfs's help
     assert fusermount.returncode == 0, fusermount.stderr.decode()
     wait_until(lambda: not alive(pid))
-    assert [path for path in (state / "run").iterdir() if path.suffix != ".log"] == []
+    wait_until(lambda: all(path.suffix == ".log" for path in (state / "run").iterdir()), 60)
     assert str(mountpoint) not in [m[1] for m in mount_lines()]
     assert inodes(mountpoint).keys() == {b""}
 

@@ -1,6 +1,6 @@
-"""The metadata socket under attack: the good ones are answered, memory stays flat, the silent ones are let go.
+"""The metadata socket under attack: good ones are answered, memory stays flat, the silent are let go.
 
-One mount for all. The silent connections are opened first and looked at last: their deadline passes meanwhile.
+One mount for all. Silent connections are opened first and looked at last: their deadline passes meanwhile.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from cidfs.errors import RemoteRefused
 from cidfs.nix import requests as r
 from cidfs.nix.client import Client, Connection
 from cidfs.nix.wire import number, text
-from tests.commands import Store, store_in, wait_until
+from tests.commands import Store, wait_until
+from tests.system.forks import forked_store_in, forking
 from tests.system.hostile_socket import (
     ATTACKS,
     GREETING,
@@ -76,7 +77,7 @@ class Served:
 def served() -> Iterator[Served]:
     folder = Path(tempfile.mkdtemp(prefix="cidfs-socket-"))
     try:
-        with store_in(folder) as store:
+        with forking() as forks, forked_store_in(folder, forks) as store:
             sources = [make_files(folder / "small", SMALL)]
             sources.append(make_files(folder / "big", {b"noise": noise("big", 3_000_000)}))
             names = store.add(*sources)
@@ -180,7 +181,7 @@ def test_memory_stays_flat_over_thousands_of_hostile_connections(served: Served,
     before, (_, descriptors) = served.resident(), served.used()
     attack(1000 if Store.long else 80)
     assert served.resident() - before < 8 << 20
-    assert served.used()[1] <= descriptors
+    assert served.used()[1] < descriptors + 20
     ask_much(served, 1)
 
 
