@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,10 +10,9 @@ from typing import Annotated
 import msgspec
 import typer
 
-from cidfs import control
-from cidfs.cli.common import GLOBALS, store_path
+from cidfs.cli.common import GLOBALS, store_path, tell_mounts
 from cidfs.cli.output import count_text, result, say, size_text, steps_progress
-from cidfs.errors import CidfsError, InUse, PathAbsent
+from cidfs.errors import InUse, PathAbsent
 from cidfs.formats.store_path import StorePath
 from cidfs.local.store import LocalStore
 from cidfs.local.survey import Report
@@ -48,7 +46,7 @@ def remove(
             sys.stdout.flush()
 
         absent = store.remove(wanted, referrers=referrers, force=force, on_removed=show)
-        _tell_mounts(store)
+        tell_mounts(store)
     if absent:
         more = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
         raise PathAbsent(f"{absent[0].full(store.store_dir)}{more}: not in the store at {store.state.root}")
@@ -75,14 +73,6 @@ def _is_same(one: Path, other: Path) -> bool:
         return one == other
 
 
-def _tell_mounts(store: LocalStore) -> None:
-    """Have running mounts look at once; without it they look within a second or two."""
-    for path, info in store.state.leases():
-        if info.kind == "mount":
-            with contextlib.suppress(OSError, CidfsError):
-                control.ask(path.with_suffix(".sock"), control.Request("refresh"))
-
-
 def gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be freed.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The figures as JSON.")] = False,
@@ -97,7 +87,7 @@ def gc(
     with GLOBALS.open_store(write=not dry_run) as store:
         with steps_progress() as steps:
             report = collect(store, dry_run=dry_run, progress=steps.remaining)
-        _tell_mounts(store)
+        tell_mounts(store)
     for line in report.problems:
         say(f"cidfs: {line}")
     if as_json:

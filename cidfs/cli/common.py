@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from cidfs import control
 from cidfs.config import Settings, load
 from cidfs.errors import ChunkMissing, FormatError, NotPermitted, PathAbsent, UsageError
 from cidfs.formats.digest import looks_like_cid, parse_cid
 from cidfs.formats.manifest import Manifest, Node
 from cidfs.formats.store_path import StorePath, parse_store_path
 from cidfs.local import room
+from cidfs.local.leases import MOUNT
 from cidfs.local.rows import PathRow
 from cidfs.local.store import LocalStore
 
@@ -48,6 +50,17 @@ class Globals:
         if write:
             room.restore(root)  # given up once on a full disk, perhaps
         return store
+
+
+def tell_mounts(store: LocalStore) -> None:
+    """Have running mounts look at once what was published and removed, and wait until they have.
+
+    They look by themselves within a second; one that does not answer is left to that.
+    """
+    for path, info in store.state.leases():
+        if info.kind == MOUNT:
+            with contextlib.suppress(OSError):
+                control.have_done(path.with_suffix(".sock"), control.Request("refresh"))
 
 
 def refuse_foreign(root: Path) -> None:

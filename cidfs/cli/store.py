@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cidfs.cli.common import GLOBALS, store_path
+from cidfs.cli.common import GLOBALS, store_path, tell_mounts
 from cidfs.cli.output import ingest_progress, result, say, steps_progress
 from cidfs.engine.sources import DiskSource, NarSource
 from cidfs.engine.wanted import Wanted
@@ -72,7 +72,10 @@ async def _ingesting(
 
     with ingest_progress() as progress:
         on_failed = failed.append if keep_going else None
-        await ingest(store, wanted, progress=progress, on_published=show, on_failed=on_failed)
+        try:
+            await ingest(store, wanted, progress=progress, on_published=show, on_failed=on_failed)
+        finally:
+            tell_mounts(store)
 
 
 def _report(failed: Sequence[CidfsError]) -> None:

@@ -14,7 +14,7 @@ from cidfs.doctor.standing import Standing
 from cidfs.errors import CidfsError
 from cidfs.local.state import StateFolder
 
-QUICK_SECONDS: Final = 5.0
+QUICK_SECONDS: Final = 10.0
 SECONDS: Final = 20.0  # for what reads the disk, or waits for several answers
 
 

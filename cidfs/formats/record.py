@@ -16,7 +16,8 @@ The body is what a record's signature covers, behind the domain tag `cidfs-recor
 
 from __future__ import annotations
 
-from typing import Final
+import struct
+from typing import Final, NamedTuple
 
 import msgspec
 
@@ -32,6 +33,7 @@ MAGIC: Final = b"cidfsrec1"
 MAX_SIZE: Final = 64 << 20
 KNOWN_FEATURES: Final = 0
 _WHAT: Final = "record"  # in errors
+_SIZE_AND_COUNT: Final = struct.Struct("<QI")
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
@@ -180,6 +182,42 @@ def references_in(data: bytes) -> list[bytes]:
         found.append(data[at + 2 : stop])
         at = stop
     return found
+
+
+class Facts(NamedTuple):
+    """What Nix is told of a path, as it stands in the record: base names and texts in ASCII."""
+
+    nar_hash: bytes
+    nar_size: int
+    references: list[bytes]
+    deriver: bytes
+    ca: bytes
+    signatures: list[bytes]
+
+
+def facts_in(data: bytes) -> Facts:
+    """Return what Nix is told, of canonical bytes that were decoded before: a tenth of decode's work."""
+    u16 = U16.unpack_from
+    at = len(MAGIC)
+    at += 2 + u16(data, at)[0]
+    nar_hash = data[at : at + 32]
+    nar_size, count = _SIZE_AND_COUNT.unpack_from(data, at + 32)
+    texts: list[bytes] = []
+    at += 32 + _SIZE_AND_COUNT.size
+    for _ in range(count + 2):
+        stop = at + 2 + u16(data, at)[0]
+        texts.append(data[at + 2 : stop])
+        at = stop
+    at += 32 + 4 + NODE_SIZE + 8  # manifest, nodes, root node's row, features
+    count = u16(data, at)[0]
+    at += 2
+    signed: list[bytes] = []
+    for _ in range(count):
+        stop = at + 2 + u16(data, at)[0]
+        signed.append(data[at + 2 : stop])
+        at = stop
+    ca, deriver = texts.pop(), texts.pop()
+    return Facts(nar_hash, nar_size, texts, deriver, ca, signed)
 
 
 def decode_known(data: bytes) -> Record:

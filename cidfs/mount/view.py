@@ -224,7 +224,9 @@ class StoreView:
             return
         # positions are inode bases: unique, growing, and they stay when paths are added while someone lists
         for base, path in self._store.publications(max(start, LINKS + 1)):
-            yield Entry(path.path.base_name.encode(), _root_attributes(path.row), base + 1)
+            found = _root_attributes(path.row)
+            if not (found.fleeting and self._under_overlay()):
+                yield Entry(path.path.base_name.encode(), found, base + 1)
 
     # --- reading
 

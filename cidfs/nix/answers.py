@@ -89,19 +89,9 @@ class Answers:
         return self._server.boolean(self._is_valid(request.path))
 
     def _path_info(self, request: r.QueryPathInfo) -> bytes:
-        found = self._find(request.path)
-        if found is None:
-            return self._server.path_info(None)
-        return self._server.path_info(
-            r.PathInfo(
-                deriver=self._prefix + found.deriver if found.deriver else "",
-                nar_hash=found.nar_hash,
-                references=tuple([self._prefix + name for name in found.references]),
-                nar_size=found.nar_size,
-                signatures=found.signatures,
-                ca=found.ca,
-            )
-        )
+        name = self._name(request.path)
+        found = self._validity.facts(self._told, name) if name else None
+        return self._server.path_facts(found) if found is not None else self._server.path_info(None)
 
     def _referrers(self, request: r.QueryReferrers) -> bytes:
         name = self._name(request.path)

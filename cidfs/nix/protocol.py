@@ -26,6 +26,7 @@ from typing import Final
 import msgspec
 
 from cidfs.errors import ProtocolError
+from cidfs.formats.record import Facts
 from cidfs.formats.store_path import DEFAULT_STORE_DIR
 from cidfs.nix import requests as r
 from cidfs.nix.wire import (
@@ -34,6 +35,7 @@ from cidfs.nix.wire import (
     MAX_TEXT,
     PADDING,
     PAIR,
+    U64,
     Incoming,
     Steps,
     number,
@@ -53,6 +55,8 @@ _NO_CPU: Final = 2  # user, system
 _LAST: Final = number(r.LAST)
 _NO: Final = _LAST + number(0)
 _YES: Final = _LAST + number(1)
+_HASH_LENGTH: Final = number(64)
+_NOT_ULTIMATE: Final = number(0)
 
 _OF_ONE_TEXT: Final[dict[int, Callable[[str], r.Request]]] = {
     r.IS_VALID_PATH: r.IsValidPath,
@@ -103,6 +107,7 @@ class Server:
         self._version = version
         self._offered = features
         self._prefix = store_dir + "/"
+        self._raw_prefix = self._prefix.encode()
         self._incoming = Incoming()
         self._output: list[bytes] = []
         self._one_text = _OF_ONE_TEXT
@@ -279,19 +284,19 @@ class Server:
         """Answer with what is known of a path, None for one that is not valid."""
         if info is None:
             return _NO
-        return b"".join(
-            (
-                _YES,
-                text(info.deriver),
-                text(info.nar_hash.hex()),
-                texts(info.references),
-                number(info.registration_time),
-                number(info.nar_size),
-                number(0),  # ultimate
-                texts(info.signatures),
-                text(info.ca),
-            )
+        facts = Facts(
+            nar_hash=info.nar_hash,
+            nar_size=info.nar_size,
+            references=[_raw(name) for name in info.references],
+            deriver=_raw(info.deriver),
+            ca=_raw(info.ca),
+            signatures=[_raw(signature) for signature in info.signatures],
         )
+        return _path_info(facts, b"", info.registration_time)
+
+    def path_facts(self, facts: Facts) -> bytes:
+        """Answer with what stands in a path's record."""
+        return _path_info(facts, self._raw_prefix, 0)
 
     def paths(self, paths: Iterable[str]) -> bytes:
         """Answer with a set of paths (or of names)."""
@@ -356,6 +361,25 @@ class Server:
             return number(r.ERROR) + text(message) + number(1)
         kind = text("Error")
         return number(r.ERROR) + kind + number(0) + kind + text(message) + number(0) + number(0)
+
+
+def _raw(value: str) -> bytes:
+    return value.encode("utf-8", "surrogateescape")
+
+
+def _path_info(facts: Facts, prefix: bytes, registration_time: int) -> bytes:
+    """Return the answer about a path; prefix is what its names need to be absolute."""
+    pack, padding = U64.pack, PADDING
+    deriver = facts.deriver and prefix + facts.deriver
+    parts = [_YES, pack(len(deriver)), deriver, padding[len(deriver) & 7], _HASH_LENGTH]
+    parts += (facts.nar_hash.hex().encode(), pack(len(facts.references)))
+    for base_name in facts.references:
+        name = prefix + base_name
+        parts += (pack(len(name)), name, padding[len(name) & 7])
+    parts += (pack(registration_time), pack(facts.nar_size), _NOT_ULTIMATE, pack(len(facts.signatures)))
+    for each in (*facts.signatures, facts.ca):
+        parts += (pack(len(each)), each, padding[len(each) & 7])
+    return b"".join(parts)
 
 
 def _as_json(found: r.RealisationInfo) -> str:

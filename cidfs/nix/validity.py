@@ -122,6 +122,17 @@ class Validity:
             self._fail(e)
             return None
 
+    def facts(self, told: Told, name: bytes) -> record.Facts | None:
+        """Return what Nix is told of a path that is valid, and remember the answer."""
+        if not self.is_valid(told, name):
+            return None
+        try:
+            raw = self._store.current().get("records", name[:HASH_PART])
+        except CidfsError as e:
+            self._fail(e)
+            return None
+        return record.facts_in(raw) if raw is not None else None
+
     def name_of(self, told: Told, hash_part: bytes) -> bytes:
         """Return the base name of the valid path that has a hash part, empty when there is none."""
         try:

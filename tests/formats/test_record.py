@@ -72,6 +72,18 @@ def test_a_record_is_read_back(value: Record) -> None:
 
 
 @examples(100)
+@given(records())
+def test_parts_of_a_record_can_be_had_without_the_rest(value: Record) -> None:
+    data = encode(value)
+    facts = record.facts_in(data)
+    assert (facts.nar_hash, facts.nar_size) == (value.nar_hash, value.nar_size)
+    assert tuple(name.decode() for name in facts.references) == value.references
+    assert facts.references == record.references_in(data)
+    assert (facts.deriver.decode(), facts.ca.decode()) == (value.deriver, value.ca)
+    assert tuple(each.decode() for each in facts.signatures) == value.signatures
+
+
+@examples(100)
 @given(records(), st.data())
 def test_a_changed_byte_is_refused_or_says_something_else(value: Record, draw: st.DataObject) -> None:
     data = encode(value)

@@ -24,6 +24,7 @@ from cidfs.errors import (
     ChunkMissing,
     CidfsError,
     FormatError,
+    IndexLost,
     PathAbsent,
     StaleInode,
     WrongType,
@@ -473,3 +474,49 @@ def test_a_manifest_that_is_not_the_records(store: LocalStore) -> None:
     view._chunks[next(d for d, p in store.places("chunks") if p.length == 100)] = b"short"
     with pytest.raises(FormatError, match="has 5 bytes"):
         view.read(b.base + 1, 0, 10)
+
+
+# --- under an overlay
+
+
+def test_a_path_that_is_not_whole_is_fleeting_and_under_an_overlay_absent(root: Path) -> None:
+    above = False
+    with LocalStore.open(root, write=True) as store:
+        view = StoreView(store, list_root=True, under_overlay=lambda: above)
+        publish(store, package("top", references=["leaf"]), package("alone"))
+        top, alone = (path_of(name).base_name.encode() for name in ("top", "alone"))
+        assert view.lookup(ROOT, top).fleeting
+        assert not view.lookup(ROOT, alone).fleeting
+        assert {entry.name for entry in view.listing(ROOT, 0)} == {b".links", top, alone}
+        above = True
+        with pytest.raises(PathAbsent):
+            view.lookup(ROOT, top)
+        assert view.absences.any_of([top])
+        assert not view.absences.any_of([alone])
+        assert view.lookup(ROOT, alone).inode == row_of(store, "alone").base
+        assert {entry.name for entry in view.listing(ROOT, 0)} == {b".links", alone}
+        publish(store, package("leaf"))
+        assert not view.lookup(ROOT, top).fleeting
+
+
+def test_under_an_overlay_a_failing_index_makes_names_absent_and_says_so_once(
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    above = False
+
+    def fail(hash_part: bytes) -> None:
+        raise IndexLost("the index cannot be read")
+
+    with LocalStore.open(root) as store:
+        view = StoreView(store, under_overlay=lambda: above)
+        monkeypatch.setattr(store, "find", fail)
+        name = path_of("any").base_name.encode()
+        with pytest.raises(IndexLost):
+            view.lookup(ROOT, name)
+        above = True
+        for _ in range(3):
+            with pytest.raises(PathAbsent):
+                view.lookup(ROOT, name)
+        assert view.counters.root_failures == 3
+        assert len(caplog.records) == 1
+        assert view.lookup(ROOT, b".links").inode == LINKS

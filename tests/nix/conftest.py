@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.system.forks import forking
+
 from .lab import Lab, OverlayStore, lab_in
 from .real_nix import ChrootStore, Nix, PathInfo
 from .tool import Cidfs, Mount, mount_points, mounted
@@ -65,15 +67,23 @@ def nix(work: Path) -> Nix:
 
 
 @pytest.fixture(scope="session")
-def labs(work: Path) -> Iterator[Callable[[str], Lab]]:
+def root() -> None:
+    """Let only root run a test."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+
+
+@pytest.fixture(scope="session")
+def labs(work: Path, root: None) -> Iterator[Callable[[str], Lab]]:
     """Return what gives the lab of a Nix, by the variable that names it; made when it is first asked for."""
     with ExitStack() as stack:
+        forks = stack.enter_context(forking())
 
         @cache
         def lab_of(variable: str) -> Lab:
             at = work / f"lab-{variable.lower()}"
             at.mkdir()
-            return stack.enter_context(lab_in(at, _nix(variable, at / "nix")))
+            return stack.enter_context(lab_in(at, _nix(variable, at / "nix"), forks))
 
         yield lab_of
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import stat
 import subprocess
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
@@ -15,11 +16,31 @@ from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
+from tests.system.forks import Forks
+
 from .real_nix import ChrootStore, Nix, one
-from .tool import Cidfs, Mount, mount_points, mounted, wait_until
+from .tool import TIMEOUT, Cidfs, Mount, mount_points, mounted, wait_until
 
 PATIENCE = 60.0
 SLOW = "the daemon does not answer"  # in time: on a machine with much else to do
+
+
+class ForkedCidfs(Cidfs):
+    """A cidfs whose commands are forks, one after the other."""
+
+    def __init__(self, state: Path, forks: Forks) -> None:
+        super().__init__(state)
+        self._forks = forks
+        self._one_at_a_time = threading.Lock()
+
+    def execute(
+        self, arguments: tuple[str | bytes | Path, ...], stdin: bytes | None, cwd: Path | None
+    ) -> subprocess.CompletedProcess[bytes]:
+        """Run a command to its end."""
+        assert cwd is None, "a fork is where it is"
+        words = ["--state", str(self.state), *map(os.fsdecode, arguments)]
+        with self._one_at_a_time:
+            return self._forks.run(words, stdin or b"", TIMEOUT)
 
 
 class OverlayStore(ChrootStore):
@@ -138,9 +159,12 @@ def overlay_on(mount: Mount, at: Path) -> Iterator[str]:
 
 @contextmanager
 def ground_at(folder: Path) -> Iterator[Path]:
-    """Mount a tmpfs; nothing may be left on it in the end."""
+    """Mount a tmpfs; nothing may be left on it in the end.
+
+    Its mounts are shared: each Nix takes a copy of all mounts, which would keep what is unmounted here going.
+    """
     folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "--make-shared", "tmpfs", folder], check=True)
     try:
         yield folder
     finally:
@@ -148,13 +172,13 @@ def ground_at(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def lab_in(at: Path, nix: Nix) -> Iterator[Lab]:
+def lab_in(at: Path, nix: Nix, forks: Forks) -> Iterator[Lab]:
     """Build, import and mount in a folder; all is taken down afterwards, and no daemon may have logged."""
     with ground_at(at / "ground") as ground:
         store = ChrootStore(nix, ground / "root")
         outputs = store.build("everything")
         ca_outputs = store.build("everything", seed="ca", ca=True)
-        cidfs = Cidfs(ground / "state")
+        cidfs = ForkedCidfs(ground / "state", forks)
         cidfs.run("import", "--all", "--from", store.root)
         with mounted(cidfs, ground / "mnt") as mount:
             yield Lab(nix, store, cidfs, mount, tuple(outputs), tuple(ca_outputs), ground)

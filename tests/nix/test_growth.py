@@ -56,6 +56,7 @@ class Field:
         return [
             "nix-build", GROWING, "--no-out-link", "-Q", "-A", attribute,
             "--max-jobs", "4", "--option", "extra-sandbox-paths", f"/gate={self.gate}",
+            "--option", "build-poll-interval", "1",
             "--arg", "tools", self.lab.store.tools, "--argstr", "seeds", ",".join(seeds),
         ]  # fmt: skip
 

@@ -37,7 +37,7 @@ class Overlay:
 
 
 @pytest.fixture
-def overlay(mount: Mount, tmp_path: Path) -> Iterator[Overlay]:
+def overlay(root: None, mount: Mount, tmp_path: Path) -> Iterator[Overlay]:
     with ground_at(tmp_path.resolve() / "ground") as ground, overlay_on(mount, ground / "overlay"):
         yield Overlay(ground / "overlay")
 

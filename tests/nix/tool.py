@@ -59,7 +59,17 @@ class Cidfs:
         self, *arguments: str | bytes | Path, stdin: bytes | None = b"", cwd: Path | None = None
     ) -> Result:
         """Run a command; whatever it says, it may neither show a traceback nor warn."""
-        done = subprocess.run(
+        done = self.execute(arguments, stdin, cwd)
+        result = Result(arguments, done.returncode, done.stdout, done.stderr.decode(errors="replace"))
+        assert "Traceback" not in result.err, str(result)
+        assert "Warning" not in result.err, str(result)
+        return result
+
+    def execute(
+        self, arguments: tuple[str | bytes | Path, ...], stdin: bytes | None, cwd: Path | None
+    ) -> subprocess.CompletedProcess[bytes]:
+        """Run a command to its end."""
+        return subprocess.run(
             self.command(*arguments),
             input=stdin,
             capture_output=True,
@@ -68,10 +78,6 @@ class Cidfs:
             cwd=cwd,
             check=False,
         )
-        result = Result(arguments, done.returncode, done.stdout, done.stderr.decode(errors="replace"))
-        assert "Traceback" not in result.err, str(result)
-        assert "Warning" not in result.err, str(result)
-        return result
 
     def run(self, *arguments: str | bytes | Path, stdin: bytes = b"", cwd: Path | None = None) -> Result:
         """Run a command that must succeed."""

@@ -20,12 +20,16 @@ GREETING = MAGIC + VERSION + number(0) + number(0)
 PATH = "/nix/store/00000000000000000000000000000000-hostile"
 
 
-def connect(path: Path, *, timeout: float = PATIENCE) -> socket.socket:
+def connect(path: Path) -> socket.socket:
     """Return a plain connection."""
     found = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    found.settimeout(timeout)
-    with SocketAddress(path) as address:
-        found.connect(address)
+    try:
+        found.settimeout(PATIENCE)
+        with SocketAddress(path) as address:
+            found.connect(address)
+    except BaseException:
+        found.close()
+        raise
     return found
 
 

@@ -22,7 +22,7 @@ import pytest
 from cidfs.errors import RemoteRefused
 from cidfs.nix import requests as r
 from cidfs.nix.client import Client, Connection
-from cidfs.nix.wire import number, text
+from cidfs.nix.wire import MAX_ITEMS, number, text
 from tests.commands import Store, wait_until
 from tests.system.forks import forked_store_in, forking
 from tests.system.hostile_socket import (
@@ -182,6 +182,28 @@ def test_memory_stays_flat_over_thousands_of_hostile_connections(served: Served,
     attack(1000 if Store.long else 80)
     assert served.resident() - before < 8 << 20
     assert served.used()[1] < descriptors + 20
+    ask_much(served, 1)
+
+
+def test_of_one_user_s_long_requests_two_are_taken_at_a_time(served: Served) -> None:
+    """The others wait in their sockets, where they take no memory of the process."""
+    piece = text(ABSENT) * 1000
+    with contextlib.ExitStack() as stack:
+        sent = {stack.enter_context(greet(served.socket)): 0 for _ in range(10)}
+        for peer in sent:
+            peer.sendall(number(r.QUERY_VALID_PATHS) + number(MAX_ITEMS))
+            peer.setblocking(False)
+
+        def two_are_far() -> bool:
+            for peer in sent:
+                with contextlib.suppress(BlockingIOError):
+                    sent[peer] += peer.send(piece)
+            return sorted(sent.values())[-2] > 4 << 20
+
+        wait_until(two_are_far, PATIENCE, "two are taken")
+        assert sorted(sent.values())[-3] < 1 << 20
+        with served.connect() as good:
+            assert good.valid_paths((ABSENT, served.big)) == (served.big,)
     ask_much(served, 1)
 
 

@@ -20,11 +20,13 @@ from benchmark import machine, profile, report
 from benchmark.corpus import Corpus, Release, given
 from benchmark.machine import BenchError
 from benchmark.measures import FULL, QUICK, Measures
+from benchmark.nix import OnTop
 from benchmark.peers import ALL, Cidfs, Peer
 from benchmark.reader import Reader, choose
 from benchmark.scale import Scale
 
-STEPS: Final = ("ingest", "read", "memory", "scale")
+STEPS: Final = ("ingest", "read", "memory", "scale", "nix")
+ON_CORPUS: Final = {"ingest", "read", "memory"}
 BEGAN: Final = time.monotonic()
 
 
@@ -63,7 +65,9 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         told.cache.mkdir(parents=True, exist_ok=True)
         corpus = Corpus(told.cache / "corpus")
-        releases = given(told.corpus) if told.corpus else corpus.get(quick=told.quick)
+        releases: Sequence[Release] = []
+        if told.profile or not told.only or ON_CORPUS & set(told.only):
+            releases = given(told.corpus) if told.corpus else corpus.get(quick=told.quick)
         work = Path(tempfile.mkdtemp(dir=told.cache, prefix="run-"))
         say(_about(releases))
         if told.profile:
@@ -99,7 +103,8 @@ def measure(told: argparse.Namespace, releases: Sequence[Release], work: Path, p
     """Measure everything and report; fills peers as they are made, so that the caller can unmount them."""
     size = QUICK if told.quick else FULL
     if told.repeat:
-        size = replace(size, ingests=told.repeat, rounds=told.repeat)
+        times = told.repeat
+        size = replace(size, ingests=times, rounds=times, asks=times, builds=times)
     steps = told.only or STEPS
     reader = Reader(work)
     versions: dict[str, str] = {}
@@ -120,7 +125,7 @@ def measure(told: argparse.Namespace, releases: Sequence[Release], work: Path, p
     measures = Measures(peers, releases, size, reader, say)
     results = measures.results
     results.failures.update(failures)
-    if set(steps) & {"ingest", "read", "memory"}:
+    if set(steps) & ON_CORPUS:
         say("ingest")
         measures.ingest()
     lists = choose(releases, small=size.small, big=size.big, plenty=size.plenty, roots=size.roots)
@@ -135,6 +140,10 @@ def measure(told: argparse.Namespace, releases: Sequence[Release], work: Path, p
     if "scale" in steps:
         say("growth with the number of paths")
         Scale(work, size.paths, results, reader, say).measure(size.rounds)
+    if "nix" in steps:
+        say("Nix on top")
+        prefix = os.environ.get("CIDFS_TEST_NIX", "")
+        OnTop(work / "nix", size, results, say).measure(Path(prefix) if prefix else None)
     results.calibrate()
 
     out = told.out or told.cache.parent / "bench-results"
@@ -209,6 +218,8 @@ def show(data: dict[str, Any], values: report.Values, names: Sequence[str]) -> s
     growth = [(key, row["cidfs"]) for key, row in values.items() if key.startswith("scale_")]
     if growth:
         lines += ["Growth", *(f"{key[6:]:14} {report.number(min(found))}" for key, found in growth), ""]
+    if on_top := report.nix_text(values):
+        lines += ["With Nix on top: median (least to most)", on_top, ""]
     lines += [f"{name}: {note}" for name, note in data["not_mounted"].items()]
     lines += [f"failed: {name}: {why}" for name, why in data["failures"].items()]
     return "\n".join(lines) + "\n"

@@ -37,13 +37,42 @@ class Size:
     roots: int
     paths: int
     """Store paths of the small one of the two synthetic stores; the other has ten times as many."""
+    known: int
+    """Store paths that Nix is asked about."""
+    asks: int
+    """Rounds of questions about all of them."""
+    derivations: int
+    builds: int
+    """Rounds in which the derivations are built."""
 
 
 FULL: Final = Size(
-    ingests=2, rounds=3, warm=3, small=8000, big=700 << 20, plenty=1 << 30, roots=60_000, paths=10_000
+    ingests=2,
+    rounds=3,
+    warm=3,
+    small=8000,
+    big=700 << 20,
+    plenty=1 << 30,
+    roots=60_000,
+    paths=10_000,
+    known=6000,
+    asks=15,
+    derivations=100,
+    builds=9,
 )
 QUICK: Final = Size(
-    ingests=2, rounds=2, warm=2, small=1500, big=80 << 20, plenty=100 << 20, roots=5_000, paths=300
+    ingests=2,
+    rounds=2,
+    warm=2,
+    small=1500,
+    big=80 << 20,
+    plenty=100 << 20,
+    roots=5_000,
+    paths=300,
+    known=300,
+    asks=3,
+    derivations=5,
+    builds=2,
 )
 
 

@@ -73,7 +73,20 @@ WANTED: Final = [
     Wanted("gc of ten times the paths, times as long", "scale_gc_ratio", "", 12.0, False),
     Wanted("verify of ten times the paths, times as long", "scale_verify_ratio", "", 12.0, False),
     Wanted("rebuild of ten times the paths, times as long", "scale_rebuild_ratio", "", 12.0, False),
+    Wanted("isValidPath, times as long as nix-daemon", "nix_valid_ratio", "", 2.0, False),
+    Wanted("isValidPath of what is absent, times as long", "nix_absent_ratio", "", 2.0, False),
+    Wanted("queryPathInfo, times as long as nix-daemon", "nix_info_ratio", "", 2.0, False),
+    Wanted("a build above it, times as long as above a folder", "nix_build_ratio", "", 1.15, False),
 ]
+
+NIX: Final = {
+    "nix_valid_us": "isValidPath, µs",
+    "nix_absent_us": "isValidPath of what is absent, µs",
+    "nix_info_us": "queryPathInfo, µs",
+    "nix_build_s": "a build of many derivations, s",
+}
+"""What is measured with Nix on top; medians count."""
+NIX_PEERS: Final = ("cidfs", "plain folder", "nix-daemon")
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +174,25 @@ def ratios(values: Values, peers: Sequence[str]) -> str:
     return _aligned(rows)
 
 
+def nix_rows(values: Values) -> list[list[str]]:
+    """Return what was measured with Nix on top: medians, and in brackets the least and the most."""
+    rows = [["", *NIX_PEERS]]
+    for key, title in NIX.items():
+        if key in values:
+            cells = []
+            for peer in NIX_PEERS:
+                found = values[key].get(peer)
+                ends = f" ({number(min(found))} to {number(max(found))})" if found else ""
+                cells.append(f"{number(median(found))}{ends}" if found else "-")
+            rows.append([title, *cells])
+    return rows if len(rows) > 1 else []
+
+
+def nix_text(values: Values) -> str:
+    """Return the same as a table."""
+    return _aligned(rows) if (rows := nix_rows(values)) else ""
+
+
 def figures_text(found: Sequence[Figure]) -> str:
     """Return the wanted figures and whether they are reached."""
     rows = [["", "wanted", "measured", ""]]
@@ -185,6 +217,9 @@ def markdown(values: Values, peers: Sequence[str]) -> str:
                 times, value = ratio(values, measure.key, peer), best(values, measure.key, peer)
                 cells.append("" if times is None else f"**{times:.2f}** ({number(value)})")
             lines.append(f"| {' | '.join(cells)} |")
+    if on_top := nix_rows(values):
+        lines += ["", f"| {' | '.join(on_top[0])} |", "|---" * len(on_top[0]) + "|"]
+        lines += [f"| {' | '.join(row)} |" for row in on_top[1:]]
     return "\n".join(lines) + "\n"
 
 
