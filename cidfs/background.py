@@ -146,13 +146,28 @@ def _end_holder(state: Path, mountpoint: Path, pid: int) -> None:
 
 
 def _await_end(mountpoint: Path, what: str, pid: int, running: Callable[[], Container[int]]) -> None:
+    """Wait until a process has given its lease back, and then until it has nothing open any more."""
     deadline = time.monotonic() + STOP_SECONDS
     pause = 0.005
-    while pid in running():
+    while pid in running() or _is_alive(pid):
         if time.monotonic() > deadline:
             raise MountFailed(f"{mountpoint}: unmounted, but {what} (process {pid}) goes on; see its log")
         time.sleep(pause)
         pause = min(2 * pause, 0.1)
+
+
+def _is_alive(pid: int) -> bool:
+    """Say whether a process has not ended yet; one that ended is none, although nobody has asked for it."""
+    if not pid:
+        return False
+    try:
+        process = os.pidfd_open(pid)
+    except OSError:
+        return False
+    try:
+        return not select.select([process], [], [], 0)[0]
+    finally:
+        os.close(process)
 
 
 def stop(mountpoint: Path, state: Path, *, lazy: bool) -> None:

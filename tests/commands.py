@@ -159,6 +159,10 @@ class Store:
         """Return the processes that have a mount lease of this store, from the leases alone."""
         return [json.loads(p.read_text())["pid"] for p in sorted((self.state / "run").glob("mount-*.lease"))]
 
+    def parent_pids(self) -> list[int]:
+        """Return the parents of daemons that have a lease of this store, dead ones too."""
+        return [json.loads(p.read_text())["pid"] for p in sorted((self.state / "run").glob("holder-*.lease"))]
+
     def log_text(self) -> str:
         """Return what all daemons of this store have logged.
 
@@ -177,9 +181,14 @@ class Store:
                 if stream is not None:
                     stream.close()
         pids = self.daemon_pids() if (self.state / "run").exists() else []
+        parents = self.parent_pids()
         for mountpoint in self.mounts:
             with contextlib.suppress(Failed):
                 self.run("umount", mountpoint)
+        if self.log_expected:  # a parent stays when its daemon is killed, until it is told to end
+            for pid in filter(_alive, parents):
+                os.kill(pid, signal.SIGTERM)
+        pids += parents
         left = []
         for pid in pids:
             with contextlib.suppress(Failed):

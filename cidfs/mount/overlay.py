@@ -161,12 +161,27 @@ def whiteouts(upper: str, names: Iterable[bytes] | None = None) -> list[bytes]:
     try:
         folder = os.open(upper, flags | (os.O_RDONLY if names is None else os.O_PATH))
         try:
-            listed = map(os.fsencode, os.listdir(folder)) if names is None else names
-            return [name for name in listed if _is_whiteout(folder, name)]
+            return [
+                name
+                for name in (_odd_names(folder) if names is None else names)
+                if _is_whiteout(folder, name)
+            ]
         finally:
             os.close(folder)
     except OSError as e:
         raise _failure(upper, e) from None
+
+
+def _odd_names(folder: int) -> list[bytes]:
+    """Return what in a folder is neither file, directory nor link, as far as a listing tells."""
+    with os.scandir(folder) as listed:
+        return [
+            os.fsencode(each.name)
+            for each in listed
+            if not (
+                each.is_file(follow_symlinks=False) or each.is_dir(follow_symlinks=False) or each.is_symlink()
+            )
+        ]
 
 
 def take_out(upper: str, name: bytes) -> bool:

@@ -184,6 +184,39 @@ def test_a_run_in_small(corpus: Path, tmp_path: Path) -> None:
     assert not list((tmp_path / "cache").glob("run-*"))
 
 
+def test_what_nix_pays_is_told_by_medians() -> None:
+    values = {"nix_build_s": {"cidfs": [4.0, 9.0, 5.0], "plain folder": [4.0]}, "ingest": {"cidfs": [1.0]}}
+    head, row = report.nix_text(values).splitlines()
+    assert head.split("  ")[-1] == "nix-daemon"
+    cells = ["a build of many derivations, s", "5 (4 to 9)", "4 (4 to 4)", "-"]
+    assert " ".join(row.split()) == " ".join(cells)
+    assert f"| {' | '.join(cells)} |" in report.markdown(values, ["cidfs"])
+    assert report.nix_text({"ingest": {"cidfs": [1.0]}}) == ""
+
+
+@pytest.mark.usefixtures("mounts")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount overlays")
+def test_a_run_in_small_with_nix_on_top(corpus: Path, tmp_path: Path) -> None:
+    if not os.environ.get("CIDFS_TEST_NIX"):
+        pytest.fail("the tests with a real Nix need CIDFS_TEST_NIX: run tools/test", pytrace=False)
+    done = subprocess.run(
+        bench(tmp_path, corpus, "--peer", "ext4", "--only", "nix", "--repeat", "1"),
+        env={**os.environ, "PYTHONPATH": f"{TOOLS}:{os.environ.get('PYTHONPATH', '')}"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "With Nix on top" in done.stdout
+    data = json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert data["failures"] == {}
+    for measure in ("nix_valid_us", "nix_absent_us", "nix_info_us"):
+        assert set(data["values"][measure]) == {"cidfs", "nix-daemon"}, measure
+    assert set(data["values"]["nix_build_s"]) == {"cidfs", "plain folder", "nix-daemon"}
+    assert data["values"]["nix_build_questions"]["cidfs"][0] > 10
+    assert not list((tmp_path / "cache").glob("run-*"))
+
+
 @pytest.mark.usefixtures("mounts")
 def test_a_run_that_is_stopped_leaves_nothing(corpus: Path, tmp_path: Path) -> None:
     with (

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -168,7 +169,9 @@ def ground_at(folder: Path) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        subprocess.run(["umount", folder], check=True)
+        # the last process of a mount gives its lease back a moment before it has ended
+        umount = partial(subprocess.run, ["umount", folder], capture_output=True, check=False)
+        wait_until(f"{folder} is unmounted", lambda: umount().returncode == 0, PATIENCE)
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from cidfs.nix.client import Connection
 from cidfs.nix.wire import number, text
 from tests.commands import Store, wait_until
 from tests.local.support import flip
-from tests.system.forks import forked_store_in, forking
+from tests.system.forks import Forks, forked_store_in, forking
 from tests.system.hostile_socket import PATIENCE, await_end, greet, never_reads
 from tests.system.person import NOBODY
 from tests.system.support import make_files, noise
@@ -69,13 +69,19 @@ class Strict:
 
 
 @pytest.fixture(scope="module")
-def strict() -> Iterator[Strict]:
+def forks() -> Iterator[Forks]:
+    with forking() as here:
+        yield here
+
+
+@pytest.fixture(scope="module")
+def strict(forks: Forks) -> Iterator[Strict]:
     folder = Path(tempfile.mkdtemp(prefix="cidfs-limits-"))
     folder.chmod(0o755)  # an ordinary user must get to the socket
     where = folder / "mnt"
     where.mkdir()
     try:
-        with forking() as forks, forked_store_in(folder, forks) as store:
+        with forked_store_in(folder, forks) as store:
             (name,) = store.add(make_files(folder / "big", {b"noise": noise("big", 3_000_000)}))
             process = store.start("mount", where, "--foreground", hook=HOOK)
             assert process.stderr is not None
@@ -139,6 +145,12 @@ def damage(store: Store, path: str) -> None:
     assert place is not None
     pack = pack_path(store.state, place.kind, place.pack)
     flip(pack, place.offset + HEADER_SIZE + place.stored // 2)
+
+
+@pytest.fixture
+def store(forks: Forks, tmp_path: Path) -> Iterator[Store]:
+    with forked_store_in(tmp_path, forks) as here:
+        yield here
 
 
 def test_a_damaged_nar_ends_the_connection_and_has_no_wrong_bytes(store: Store, mountpoint: Path) -> None:
