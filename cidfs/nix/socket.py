@@ -51,6 +51,7 @@ SAY_SECONDS: Final = 60.0
 SWITCH_SECONDS: Final = 0.0005  # a long answer on one connection must not hold up the others
 STACK: Final = 512 << 10
 RECEIVE: Final = 64 << 10
+SHORT: Final = 4 << 10  # more than most requests; a larger buffer costs more than its bytes
 PIECE: Final = 256 << 10
 MAX_DESCRIPTORS: Final = 4096
 MAX_COMPLAINTS: Final = 100
@@ -94,8 +95,8 @@ class _Connection:
             if not self._midway:
                 with contextlib.suppress(OSError, _Ended):
                     self._send(self._server.error(str(e)))
-        except Exception:
-            log.exception("a connection ends in a way that was not foreseen")
+        except Exception as e:
+            self._process.complain(f"a connection ends in a way that was not foreseen: {e!r}", in_full=True)
         finally:
             self.end(problem)
 
@@ -123,7 +124,7 @@ class _Connection:
                     self._take_place()
                     since = time.monotonic()
             try:
-                data = sock.recv(RECEIVE)
+                data = sock.recv(SHORT if patient else RECEIVE)
             except BlockingIOError:
                 raise _Ended("silence in the midst of a request") from None
             if not data:
@@ -134,7 +135,7 @@ class _Connection:
             server.feed(data)
             while (request := server.next()) is not None:
                 self.requests += 1
-                since, unanswered = time.monotonic(), 0
+                unanswered = 0
                 if type(request) is r.QueryAllValidPaths:
                     self._take_place()
                 out = answer(request)
@@ -147,6 +148,8 @@ class _Connection:
                     return
                 if self._has_place:
                     self._give_place_back()
+                if not patient:
+                    since = time.monotonic()
             out = server.output()
             if out:
                 self._send(out)
@@ -274,14 +277,14 @@ class _Process:
             self._said[text] = now
             log.warning("%s", text)
 
-    def complain(self, text: str) -> None:
-        """Log an error, each once: whoever asks decides how often one would be seen."""
+    def complain(self, text: str, *, in_full: bool = False) -> None:
+        """Log an error, each once: whoever asks decides how often it is met. In full: with where it arose."""
         with self._lock:
             is_new = text not in self._complaints and len(self._complaints) < MAX_COMPLAINTS
             if is_new:
                 self._complaints.add(text)
         if is_new:
-            log.error("%s", text)
+            log.error("%s", text, exc_info=in_full)
 
     def take_place(self, user: int) -> bool:
         """Wait until a user may have one more request that takes much memory; say whether he may."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from cidfs.control import DaemonStats, Request, RequestStats, SocketAddress, ask
+from cidfs.control import DaemonStats, Request, RequestStats, SocketAddress, ask, have_done
 from cidfs.errors import CidfsError
 
 STATS = DaemonStats(
@@ -151,3 +151,28 @@ def test_a_folder_with_a_long_name(tmp_path: Path) -> None:
 
     with listening(folder / "s.sock", answer):
         assert ask(folder / "s.sock", Request("stats")).pid == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "done"), [(b'{"done":true}\n', True), (b'{"done":false,"later":1}\n', False)]
+)
+def test_what_is_to_be_done(tmp_path: Path, text: bytes, done: bool) -> None:
+    asked: list[bytes] = []
+
+    def answer(connection: socket.socket) -> None:
+        asked.append(connection.recv(4096))
+        connection.sendall(text)
+
+    with listening(tmp_path / "s.sock", answer):
+        assert have_done(tmp_path / "s.sock", Request("unveil", names=("a", "b"))) is done
+    assert msgspec.json.decode(asked[0], type=Request).names == ("a", "b")
+
+
+@pytest.mark.parametrize("text", [b"", b"{}\n", b'{"done":1}\n', b"\xff\n"])
+def test_who_does_not_say_that_it_is_done(tmp_path: Path, text: bytes) -> None:
+    def answer(connection: socket.socket) -> None:
+        connection.recv(4096)
+        connection.sendall(text)
+
+    with listening(tmp_path / "s.sock", answer), pytest.raises(ConnectionResetError, match="went away"):
+        have_done(tmp_path / "s.sock", Request("refresh"))

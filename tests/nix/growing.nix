@@ -1,5 +1,6 @@
-# What is built above a mount while it is added below. `leaf` waits until whoever builds it opens the gate, a folder
-# that the sandbox shows at /gate; `top` refers to it, and `user` to both. With the seed they are others.
+# What is built above a mount while it is added below. `leaf` and `last` wait until whoever builds them opens the gate,
+# a folder that the sandbox shows at /gate. `top` refers to `leaf`, and `user` to both; `late` is only built with
+# `leaf`, and `last` refers to `late`. With the seed they are others.
 { tools, seeds }:
 let
   sh = "${tools}/busybox";
@@ -10,11 +11,14 @@ let
     args = [ "sh" "-euc" script ];
     PATH = "";
   };
+  wait = name: ''
+    : > /gate/${name}.reached
+    until [ -e /gate/${name}.open ]; do ${sh} usleep 5000; done
+  '';
   family = seed: rec {
     leaf = make "leaf-${seed}" ''
       ${sh} mkdir -p $out/bin
-      : > /gate/${seed}.reached
-      until [ -e /gate/${seed}.open ]; do ${sh} usleep 5000; done
+      ${wait seed}
       echo "leaf ${seed} of $out" > $out/text
       ${sh} cp ${sh} $out/bin/busybox
     '';
@@ -28,6 +32,16 @@ let
       echo ${top} > $out/top
       ${leaf}/bin/busybox cat ${top}/leaf/text ${top}/text > $out/text
     '';
+    late = make "late-${seed}" ''
+      ${sh} mkdir $out
+      ${leaf}/bin/busybox echo "late ${seed}" > $out/text
+    '';
+    last = make "last-${seed}" ''
+      ${sh} mkdir $out
+      ${wait "last-${seed}"}
+      echo ${late} > $out/late
+      ${sh} cat ${late}/text > $out/text
+    '';
   };
   seedList = builtins.filter builtins.isString (builtins.split "," seeds);
 in
@@ -35,4 +49,6 @@ in
   leaf = map (seed: (family seed).leaf) seedList;
   top = map (seed: (family seed).top) seedList;
   user = map (seed: (family seed).user) seedList;
+  late = map (seed: (family seed).late) seedList;
+  last = map (seed: (family seed).last) seedList;
 }

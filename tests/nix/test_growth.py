@@ -24,7 +24,7 @@ PATIENCE = 60.0
 ROUNDS = 5
 LONG_ROUNDS = 200
 AT_ONCE = 2
-PARTS = 4
+PARTS = 3
 LONG_PARTS = 50
 COMPLAINTS = (
     "Stale file handle",
@@ -258,6 +258,30 @@ def test_a_connection_that_heard_of_a_part_too_early_holds_nobody_up(
         assert early.valid_paths([family.leaf, family.top]) == ()
         assert (above.is_above(family.leaf), above.is_above(family.top)) == (False, False)
     field.check(above, family.leaf, family.top, family.user)
+    collect(above)
+    collect_all(above)
+    await_no_whiteouts(above)
+
+
+def test_what_is_to_be_built_later_is_used_by_another_before(field: Field, above: OverlayStore) -> None:
+    """A Nix that was told that a path is absent finds, when it comes to it, that another relies on it."""
+    seed = "later"
+    field.open(seed)
+    (late,) = field.lab.store.run(*field.words("late", seed)).split()
+    field.close()
+    with field.building(above, "late", seed) as first:
+        field.await_builders([seed])
+        field.add(late)
+        wait_until("it is valid", lambda: field.is_valid(late), PATIENCE)
+        with field.building(above, "last", seed) as second:
+            field.await_builders([f"last-{seed}"])
+            field.open(seed)
+            assert finish(first) == [late]
+            field.open(f"last-{seed}")
+            (last,) = finish(second)
+    assert (above.real(last) / "text").read_text() == f"late {seed}\n"
+    assert not above.is_above(late)
+    field.check(above, late)
     collect(above)
     collect_all(above)
     await_no_whiteouts(above)

@@ -34,6 +34,7 @@ T = TypeVar("T")
 SOURCE: Final = Path(__file__).with_name("asker.c")
 NIX_ENV: Final = Path(__file__).parent.parent / "nix-env"
 LONG: Final = 900.0
+FEATURES: Final = "nix-command local-overlay-store read-only-local-store"  # ca-derivations ask thrice as much
 IS_VALID_PATH: Final = 1
 QUERY_PATH_INFO: Final = 26
 BASE32: Final = "0123456789abcdfghijklmnpqrsvwxyz"
@@ -251,7 +252,7 @@ class OnTop:
                     f"&upper-layer={upper}"
                 )
             words: list[str | Path] = ["nix-build", "--store", uri, self._folder / "derivations.nix", "-Q"]
-            words += ["--no-out-link", "--arg", "tools", tools]
+            words += ["--no-out-link", "--option", "experimental-features", FEATURES, "--arg", "tools", tools]
             words += ["--arg", "count", str(self._size.derivations)]
             usage = run(nix.command(*words), LONG)
             built = sum(line.startswith("/nix/store/") for line in usage.output.splitlines())
