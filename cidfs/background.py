@@ -36,12 +36,15 @@ class _Report(msgspec.Struct, frozen=True):
     text: str = ""
 
 
-def run_in_foreground(plan: MountPlan) -> None:
-    """Mount, and stay in this process as the parent of the mount, logging to standard error."""
+def run_in_foreground(plan: MountPlan) -> int:
+    """Mount, and stay in this process as the parent of the mount, logging to standard error.
+
+    Return the exit code that tells how the daemon ended.
+    """
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, stream=sys.stderr)
     session.check_mountpoint(plan.mountpoint)
     _end_survivors(plan)
-    holder.run(
+    return holder.run(
         plan,
         time.monotonic() + START_SECONDS,
         lambda: logging.getLogger(__name__).info("%s: mounted", plan.mountpoint),
@@ -186,10 +189,12 @@ def stop(mountpoint: Path, state: Path, *, lazy: bool) -> None:
         if survivors:
             return
     pid = session.daemon_of(state, mountpoint)
-    parent = session.parent_of(pid) if pid else 0
+    holders = session.holders_of(state, mountpoint)
+    parent = session.parent_of(pid)
     session.unmount(mountpoint, lazy=lazy)
     if not lazy:
         _await_end(mountpoint, "its daemon", pid, lambda: session.daemons_of(state, mountpoint))
-        _await_end(
-            mountpoint, "the parent of its daemon", parent, lambda: session.holders_of(state, mountpoint)
-        )
+        if parent in holders:  # else it has died
+            _await_end(
+                mountpoint, "the parent of its daemon", parent, lambda: session.holders_of(state, mountpoint)
+            )

@@ -33,6 +33,7 @@ from cidfs.board import Board
 from cidfs.errors import CidfsError, MountFailed, MountPointBusy
 from cidfs.local import leases
 from cidfs.local.leases import Lease
+from cidfs.local.state import NIX_SOCKET
 from cidfs.mount import acts, mountinfo, session
 from cidfs.mount.overlay import overlays_above
 from cidfs.mount.plan import MountPlan
@@ -116,6 +117,7 @@ class Holder:
         self._mount: mountinfo.MountInfo | None = None
         self._lease: Lease | None = None
         self._ending = False
+        self.code = 0
         self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
     # --- the start
@@ -183,7 +185,7 @@ class Holder:
 
     def _open_nix_socket(self) -> None:
         """Listen where Nix is to connect; the store's own socket goes to the first mount of it."""
-        path = self._plan.nix_socket or self._plan.state / "nix.sock"
+        path = self._plan.nix_socket or self._plan.state / NIX_SOCKET
         self._listener = NixListener.open(path)
         if self._listener is None:
             if self._plan.nix_socket is not None:
@@ -278,6 +280,9 @@ class Holder:
         self._board.state = boards.GONE
         if status == 0 and (self._mount is None or not session.is_mounted(self._mount)):
             self._ending = True  # unmounted, as somebody wanted it
+            return
+        if not self._plan.in_background and os.WIFEXITED(status) and os.WEXITSTATUS(status):
+            self._ending, self.code = True, os.WEXITSTATUS(status)  # it has said why
             return
         above = [overlay.mountpoint for overlay in overlays_above(self._plan.mountpoint)]
         session.take_from_sight(self._mount)
@@ -376,10 +381,10 @@ def _lock_memory() -> None:
     ctypes.CDLL(None).mlockall(_MCL_CURRENT)
 
 
-def run(plan: MountPlan, deadline: float, ready: Callable[[], None]) -> None:
-    """Mount, call ready when the mount answers, and stay until it has ended.
+def run(plan: MountPlan, deadline: float, ready: Callable[[], None]) -> int:
+    """Mount, call ready when the mount answers, and stay until it has ended; return an exit code.
 
-    Raises the errors of the start. Must be called before any thread has started in this process.
+    That is the daemon's own in the foreground, where it ended by itself. Raises the errors of the start. Must be called before any thread has started in this process.
     """
     holder = Holder(plan)
     gc.collect()
@@ -389,3 +394,4 @@ def run(plan: MountPlan, deadline: float, ready: Callable[[], None]) -> None:
     session.notify("READY=1")
     holder.hold()
     session.notify("STOPPING=1")
+    return holder.code

@@ -68,7 +68,7 @@ def mount(
     )
     is_new = not os.path.exists(plan.state / "format")  # or out of reach: the start says so
     if foreground:
-        background.run_in_foreground(plan)
+        raise typer.Exit(background.run_in_foreground(plan))
     else:
         background.start(plan)
         if is_new:

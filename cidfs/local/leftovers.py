@@ -14,7 +14,8 @@ from pathlib import Path
 
 from cidfs.errors import IndexLost
 from cidfs.local.files import leads_to, try_flock
-from cidfs.local.state import PACK_KINDS, StateFolder
+from cidfs.local.leases import HOLDER
+from cidfs.local.state import NIX_LOCK, NIX_SOCKET, PACK_KINDS, StateFolder
 
 _TEMPORARY = re.compile(r".+\.tmp-\d+-[0-9a-f]+")
 
@@ -37,11 +38,16 @@ def leftovers(state: StateFolder) -> Iterator[Path]:
                 if gone or (name.endswith(".new") and _is_unheld(path)):
                     yield path
     yield from _runs(state.root / "run")
+    if _is_unheld(state.root / NIX_LOCK):
+        yield from (path for name in (NIX_SOCKET, NIX_LOCK) if os.path.lexists(path := state.root / name))
 
 
 def drop(path: Path) -> None:
     """Take a leftover away, unless somebody has locked it since: its lock is held until it is gone."""
     with contextlib.suppress(OSError):
+        if path.name == NIX_SOCKET:
+            _drop_nix_socket(path)
+            return
         if path.suffix == ".sock":
             path.unlink()
             return
@@ -54,6 +60,17 @@ def drop(path: Path) -> None:
                     path.unlink()
         finally:
             os.close(fd)
+
+
+def _drop_nix_socket(path: Path) -> None:
+    """Take the socket for Nix away under the lock that its owner would hold."""
+    lock = path.with_name(NIX_LOCK)
+    fd = os.open(lock, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if try_flock(fd) and leads_to(lock, fd):
+            path.unlink()
+    finally:
+        os.close(fd)
 
 
 def size_of(path: Path) -> int:
@@ -90,8 +107,8 @@ def _runs(folder: Path) -> Iterator[Path]:
         elif name.endswith(".sock"):
             dead = f"{stem}.lease" not in held
         else:
-            # a log is named by its process, as the lease that this holds as long as it logs
-            alive = any(lease.startswith(f"{stem}-") for lease in held)
+            # a log is named by the parent of a mount, as the lease that stays as long as one of its processes
+            alive = any(lease.startswith(f"{HOLDER}-{stem.removeprefix('mount-')}-") for lease in held)
             dead = name.endswith(".log") and not alive and _is_empty(path)
         if dead:
             yield path

@@ -49,6 +49,8 @@ from cidfs.local.files import (
 from cidfs.local.leases import Lease, LeaseInfo
 
 VERSION: Final = 1
+NIX_SOCKET: Final = "nix.sock"  # where Nix asks for metadata, of the store's first mount
+NIX_LOCK: Final = f"{NIX_SOCKET}.lock"  # held by whoever listens there
 PACK_KINDS: Final = ("own", "cache", "manifest")
 DEFAULT_LOCK_TIMEOUT: Final = 30.0
 FIRST_INODE: Final = 16
@@ -268,8 +270,8 @@ _OUR_NAMES: Final = {
     "journal",
     "lost+found",
     "next-inode",
-    "nix.sock",
-    "nix.sock.lock",
+    NIX_SOCKET,
+    NIX_LOCK,
     "packs",
     "run",
     "write.lock",

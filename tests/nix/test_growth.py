@@ -22,8 +22,9 @@ from .trees import differences, snapshot
 GROWING = Path(__file__).with_name("growing.nix")
 PATIENCE = 60.0
 ROUNDS = 5
-LONG_ROUNDS = 200
+LONG_ROUNDS = 100
 AT_ONCE = 2
+BATCH = 25  # as many are built in one go
 PARTS = 3
 LONG_PARTS = 50
 COMPLAINTS = (
@@ -77,13 +78,18 @@ class Field:
 
     def grow(self, prefix: str, count: int) -> list[Family]:
         """Build families in the chroot store; the gate is closed again then."""
-        seeds = [f"{prefix}{i}" for i in range(count)]
-        self.open(*seeds)
-        build = self.lab.store.run
-        users = build(*self.words("user", *seeds)).split()
-        leaves, tops = (build(*self.words(which, *seeds)).split() for which in ("leaf", "top"))
+        found = []
+        for start in range(0, count, BATCH):
+            seeds = [f"{prefix}{i}" for i in range(start, min(start + BATCH, count))]
+            self.open(*seeds)
+            users, leaves, tops = (self.build(which, *seeds) for which in ("user", "leaf", "top"))
+            found += [Family(*each) for each in zip(seeds, leaves, tops, users, strict=True)]
         self.close()
-        return [Family(*each) for each in zip(seeds, leaves, tops, users, strict=True)]
+        return found
+
+    def build(self, attribute: str, *seeds: str) -> list[str]:
+        """Build in the chroot store, and return the paths in the order of the seeds."""
+        return self.lab.store.run(*self.words(attribute, *seeds)).split()
 
     @contextmanager
     def building(self, store: OverlayStore, attribute: str, *seeds: str) -> Iterator[subprocess.Popen[bytes]]:
@@ -267,7 +273,7 @@ def test_what_is_to_be_built_later_is_used_by_another_before(field: Field, above
     """A Nix that was told that a path is absent finds, when it comes to it, that another relies on it."""
     seed = "later"
     field.open(seed)
-    (late,) = field.lab.store.run(*field.words("late", seed)).split()
+    (late,) = field.build("late", seed)
     field.close()
     with field.building(above, "late", seed) as first:
         field.await_builders([seed])

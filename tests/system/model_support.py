@@ -337,7 +337,9 @@ class Model:
         current = (state / "index" / "current").read_text().split()[0]
         assert sorted(os.listdir(state / "index")) == sorted(["current", current])
         assert len(os.listdir(state / "journal")) == 1
-        assert len(list((state / "run").glob("*.lease"))) == len(self.mounts)
+        leases = [len(list((state / "run").glob(f"{kind}-*.lease"))) for kind in ("mount", "holder")]
+        assert leases == [len(self.mounts)] * 2
+        assert (state / "nix.sock").exists() <= bool(self.mounts)
         for path in state.rglob("*"):
             assert not path.name.endswith((".new", ".bad")), path
             assert ".tmp-" not in path.name, path

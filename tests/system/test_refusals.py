@@ -26,6 +26,7 @@ from tests.system.support import (
     mounted,
     nar_of,
     noise,
+    parent_of,
     running,
     umount,
 )
@@ -135,7 +136,9 @@ def test_umount_takes_down_nothing_but_cidfs(store: Store, tree: Path, mountpoin
 def test_a_dead_mount_says_how_to_clean_up_and_that_works(store: Store, tree: Path, mountpoint: Path) -> None:
     (name,) = store.add(tree)
     store.mount(mountpoint)
+    store.log_expected = True
     (pid,) = store.daemon_pids()
+    os.kill(parent_of(pid), signal.SIGKILL)  # else that takes it from sight
     os.kill(pid, signal.SIGKILL)
     wait_until(lambda: error_of(lambda: os.stat(mountpoint)) == "ENOTCONN")
     with nothing_left(store.state.parent):
@@ -147,6 +150,7 @@ def test_a_dead_mount_says_how_to_clean_up_and_that_works(store: Store, tree: Pa
     assert describe(mountpoint / name) == describe(tree)
     store.umount(mountpoint)
     assert not [path for path in (store.state / "run").iterdir() if path.suffix != ".log"]
+    assert not (store.state / "nix.sock").exists()
 
 
 # --- what is not there
