@@ -283,6 +283,7 @@ class Holder:
             return
         if not self._plan.in_background and os.WIFEXITED(status) and os.WEXITSTATUS(status):
             self._ending, self.code = True, os.WEXITSTATUS(status)  # it has said why
+            session.take_from_sight(self._mount)
             return
         above = [overlay.mountpoint for overlay in overlays_above(self._plan.mountpoint)]
         session.take_from_sight(self._mount)

@@ -172,20 +172,22 @@ def finish(process: subprocess.Popen[bytes]) -> list[str]:
     return out.decode().split()
 
 
-def collect(store: OverlayStore) -> None:
-    """Collect garbage."""
+def collect(store: OverlayStore) -> str:
+    """Collect garbage, and return what Nix says of it."""
     done = store.attempt("nix-store", "--gc")
     said = done.stderr.decode(errors="replace")
     assert done.returncode == 0, said
     assert [word for word in COMPLAINTS if word in said] == [], said
+    return said
 
 
 def collect_all(store: OverlayStore) -> None:
     """Collect until the upper is empty: what is added meanwhile may take a collection more, or two."""
+    said = ""
     for _ in range(2):
         if store.written():
-            collect(store)
-    assert store.written() == set()
+            said += collect(store)
+    assert store.written() == set(), said
 
 
 def await_no_whiteouts(store: OverlayStore) -> None:
