@@ -385,7 +385,8 @@ def _lock_memory() -> None:
 def run(plan: MountPlan, deadline: float, ready: Callable[[], None]) -> int:
     """Mount, call ready when the mount answers, and stay until it has ended; return an exit code.
 
-    That is the daemon's own in the foreground, where it ended by itself. Raises the errors of the start. Must be called before any thread has started in this process.
+    That is the daemon's own in the foreground, where it ended by itself. Raises the errors of the start. Must
+    be called before any thread has started in this process.
     """
     holder = Holder(plan)
     gc.collect()

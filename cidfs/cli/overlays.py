@@ -12,7 +12,7 @@ import typer
 
 from cidfs.cli.common import GLOBALS
 from cidfs.cli.output import result, say
-from cidfs.errors import MountPointAbsent, UsageError
+from cidfs.errors import MountFailed, MountPointAbsent, UsageError
 from cidfs.mount import mountinfo, session
 
 HOOK = "cidfs-remount"
@@ -68,9 +68,13 @@ def overlay(
     state = mountinfo.source_of(info) if info is not None else Path("/")
     store_dir = GLOBALS.settings().store.store_dir
     plan = overlay_plan.plan(merged, upper, work, below, store_dir)
+    asked = Path(os.path.abspath(nix_socket or session.nix_socket_of(state, below)))
+    if nix_socket is None and not session.nix_socket_of(state, below):
+        raise MountFailed(
+            f"{below}: this mount has no socket for Nix (another mount of the store has it):"
+            " mount it with --nix-socket PATH"
+        )
     overlay_plan.mount_overlay(plan)
-    default = Path(session.nix_socket_of(state, below) or state / "nix.sock")
-    asked = Path(os.path.abspath(nix_socket)) if nix_socket is not None else default
     database = Path(os.path.abspath(nix_state)) if nix_state is not None else None
     hook = _hook()
     say(f"cidfs: {plan.merged}: the overlay is mounted; Nix knows it by the store URI")

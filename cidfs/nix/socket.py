@@ -21,7 +21,6 @@ import struct
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NoReturn
@@ -34,6 +33,7 @@ from cidfs.mount.watch import OverlayWatch
 from cidfs.nix import requests as r
 from cidfs.nix.answers import Answers
 from cidfs.nix.protocol import Server
+from cidfs.nix.shares import Shares
 from cidfs.nix.validity import Validity
 
 log = logging.getLogger(__name__)
@@ -42,12 +42,8 @@ SILENCE_SECONDS: Final = 10.0  # within a handshake or a request
 WHOLE_SECONDS: Final = 60.0  # for all of one, however it trickles
 SEND_SECONDS: Final = 60.0  # without a byte taken
 DRAIN_SECONDS: Final = 2.0
-AWAKE_SECONDS: Final = 0.0003
-MAX_CONNECTIONS: Final = 1000
-MAX_OF_OTHERS: Final = 900  # than root
-MAX_OF_ONE_USER: Final = 250
+AWAKE_SECONDS: Final = 0.0005
 LARGE: Final = 128 << 10  # a request that is longer needs one of its user's places
-LARGE_OF_ONE_USER: Final = 2
 TIDY_SECONDS: Final = 1.0
 SAY_SECONDS: Final = 60.0
 SWITCH_SECONDS: Final = 0.0005  # a long answer on one connection must not hold up the others
@@ -109,6 +105,7 @@ class _Connection:
         self._give_place_back()
         self._process.validity.close(self._told)
         self._socket.close()
+        self._process.shares.give_connection_back(self.user)
         self._process.ended(self, problem, self._answers.refused)
 
     def _serve(self) -> None:
@@ -181,14 +178,14 @@ class _Connection:
         return data
 
     def _take_place(self) -> None:
-        if not self._has_place and not self._process.take_place(self.user):
+        if not self._has_place and not self._process.shares.take_place(self.user):
             raise _Ended("too many long requests at once")
         self._has_place = True
 
     def _give_place_back(self) -> None:
         if self._has_place:
             self._has_place = False
-            self._process.give_place_back(self.user)
+            self._process.shares.give_place_back(self.user)
 
     def _send(self, data: bytes) -> None:
         try:
@@ -234,14 +231,12 @@ class _Process:
         self.store = store
         self._board = board
         self.validity = Validity(store, board, OverlayWatch(mountpoint), control)
+        self.shares = Shares()
         self.awake = threading.Lock()  # of the one who waits awake
         if len(os.sched_getaffinity(0)) == 1:
             self.awake.acquire()  # nobody: Nix needs the only processor
         self._lock = threading.Lock()
         self._running: set[_Connection] = set()
-        self._users: Counter[int] = Counter()
-        self._places = threading.Condition()
-        self._large: Counter[int] = Counter()
         self._said: dict[str, float] = {}
         self._complaints: set[str] = set()
         self._requests = 0  # of connections that have ended
@@ -272,31 +267,18 @@ class _Process:
         sock.setblocking(True)
         credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         user = _CREDENTIALS.unpack(credentials)[1]
-        with self._lock:
-            full = self._is_full(user)
-            if not full:
-                connection = _Connection(self, sock, user)
-                self._running.add(connection)
-                self._users[user] += 1
-                self._board.connections_total += 1
-        if full:
+        if not self.shares.take_connection(user):
             sock.close()
             self._say(f"connections of user {user} are turned away: there are too many")
             return
+        with self._lock:
+            connection = _Connection(self, sock, user)
+            self._running.add(connection)
+            self._board.connections_total += 1
         try:
             threading.Thread(target=connection.run, daemon=True).start()
         except RuntimeError:
             connection.end("no thread for it")
-
-    def _is_full(self, user: int) -> bool:
-        if user == 0:
-            return len(self._running) >= MAX_CONNECTIONS
-        others = len(self._running) - self._users[0]
-        return (
-            len(self._running) >= MAX_CONNECTIONS
-            or others >= MAX_OF_OTHERS
-            or self._users[user] >= MAX_OF_ONE_USER
-        )
 
     def _say(self, text: str) -> None:
         """Warn, of one thing once in a minute."""
@@ -315,29 +297,10 @@ class _Process:
         if is_new:
             log.error("%s", text, exc_info=in_full)
 
-    def take_place(self, user: int) -> bool:
-        """Wait until a user may have one more request that takes much memory; say whether he may."""
-        with self._places:
-            if not self._places.wait_for(lambda: self._large[user] < LARGE_OF_ONE_USER, WHOLE_SECONDS):
-                return False
-            self._large[user] += 1
-            return True
-
-    def give_place_back(self, user: int) -> None:
-        """End what `take_place` began."""
-        with self._places:
-            self._large[user] -= 1
-            if not self._large[user]:
-                del self._large[user]
-            self._places.notify_all()
-
     def ended(self, connection: _Connection, problem: str, refused: int) -> None:
         """Count a connection that has ended."""
         with self._lock:
             self._running.remove(connection)
-            self._users[connection.user] -= 1
-            if not self._users[connection.user]:
-                del self._users[connection.user]
             self._requests += connection.requests
             self._board.refused += refused
             self._board.broken += bool(problem)

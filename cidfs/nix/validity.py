@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 
 MAX_ABSENT: Final = 50_000  # names that a connection remembers as absent
 MAX_ABSENT_IN_ALL: Final = 400_000
+MAX_VALID_IN_ALL: Final = 2_000_000  # remembered as said; what is more is judged anew each time
 DAEMON_SECONDS: Final = 2.0
 UNVEILED_AT_ONCE: Final = 1000
 CLOCK_TICK_NS: Final = 100_000_000  # more than file systems' clocks are behind or coarse
@@ -74,6 +75,7 @@ class Validity:
         self._sweeping = threading.Lock()
         self._open: tuple[Told, ...] = ()
         self._has_room = True
+        self._keeps_valid = True
         self._uppers: dict[str, tuple[int, list[bytes]]] = {}  # time of change and whiteouts, when looked at
         self._unveiling: set[bytes] = set()  # what overlays may still hide, though no whiteout shows it
         self._away_until = 0.0
@@ -97,6 +99,7 @@ class Validity:
     def tidy(self) -> None:
         """Look how much is remembered, and sweep; to be called every now and then."""
         self._has_room = sum(len(told.absent) for told in self._open) < MAX_ABSENT_IN_ALL
+        self._keeps_valid = sum(len(told.valid) for told in self._open) < MAX_VALID_IN_ALL
         try:
             self.sweep()
         except CidfsError as e:
@@ -228,7 +231,8 @@ class Validity:
             return False
         overlays = self.overlays()
         if not overlays and not told.denied and (whole <= told.opened or len(told.absent) <= 1):
-            told.valid.add(hash(name[:HASH_PART]))
+            if self._keeps_valid:
+                told.valid.add(hash(name[:HASH_PART]))
             return True
         committed: set[int] = set()
         waiting = [name]
@@ -248,7 +252,8 @@ class Validity:
                 return False
             committed.add(key)
             waiting += record.references_in(known)
-        told.valid |= committed
+        if self._keeps_valid:
+            told.valid |= committed
         return True
 
     def _fail(self, error: CidfsError) -> None:

@@ -187,7 +187,7 @@ def collect_all(store: OverlayStore) -> None:
     for _ in range(2):
         if store.written():
             said += collect(store)
-    assert store.written() == set(), said
+    assert store.written() == set(), f"{store.whiteouts()}: {said}"
 
 
 def await_no_whiteouts(store: OverlayStore) -> None:

@@ -325,6 +325,7 @@ def test_which_mount_is_below_must_be_clear(place: Place) -> None:
     other.mkdir()
     store.mount(other)
     assert "--mount" in store.error(*place.words(), code=2)
+    assert "--nix-socket" in store.error(*place.words(), "--mount", other, code=20)  # it has none
     (uri,) = store.lines(
         *place.words(), "--mount", other, "--nix-socket", "/run/s.sock", "--nix-state", "/var/s"
     )

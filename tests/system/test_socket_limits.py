@@ -35,9 +35,9 @@ from tests.system.support import make_files, noise
 
 SOMEBODY = 12345
 HOOK = """
-import cidfs.nix.socket as served
-served.WHOLE_SECONDS = served.SEND_SECONDS = 1.0
-served.MAX_OF_ONE_USER, served.MAX_OF_OTHERS, served.MAX_CONNECTIONS = 3, 4, 8
+from cidfs.nix import shares, socket
+socket.WHOLE_SECONDS = socket.SEND_SECONDS = 1.0
+shares.MAX_OF_ONE_USER, shares.MAX_OF_OTHERS, shares.MAX_CONNECTIONS = 3, 4, 8
 """
 
 
