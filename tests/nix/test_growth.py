@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import secrets
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -26,7 +27,7 @@ LONG_ROUNDS = 100
 AT_ONCE = 2
 BATCH = 25  # as many are built in one go
 PARTS = 3
-LONG_PARTS = 50
+LONG_PARTS = 30
 COMPLAINTS = (
     "Stale file handle",
     "Assertion",
@@ -49,10 +50,15 @@ class Family:
 
 @dataclass(frozen=True)
 class Field:
-    """A lab, and the gate that holds builds of leaves up until they are let through."""
+    """A lab, and the gate that holds builds of leaves up until they are let through.
+
+    salt makes the paths other ones than those of any other run: a collection of Nix spares what the
+    environment of any process of the machine names, also that of another store's builder.
+    """
 
     lab: Lab
     gate: Path
+    salt: str
 
     def words(self, attribute: str, *seeds: str) -> list[str | Path]:
         """Return the command that builds an attribute of growing.nix for some seeds."""
@@ -80,7 +86,7 @@ class Field:
         """Build families in the chroot store; the gate is closed again then."""
         found = []
         for start in range(0, count, BATCH):
-            seeds = [f"{prefix}{i}" for i in range(start, min(start + BATCH, count))]
+            seeds = [f"{prefix}{i}-{self.salt}" for i in range(start, min(start + BATCH, count))]
             self.open(*seeds)
             users, leaves, tops = (self.build(which, *seeds) for which in ("user", "leaf", "top"))
             found += [Family(*each) for each in zip(seeds, leaves, tops, users, strict=True)]
@@ -134,7 +140,7 @@ class Field:
 def field(lab: Lab) -> Field:
     gate = lab.at / "gate"
     gate.mkdir(exist_ok=True)
-    return Field(lab, gate)
+    return Field(lab, gate, secrets.token_hex(4))
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +193,7 @@ def collect_all(store: OverlayStore) -> None:
     for _ in range(2):
         if store.written():
             said += collect(store)
-    assert store.written() == set(), f"{store.whiteouts()}: {said}"
+    assert store.written() == set(), said
 
 
 def await_no_whiteouts(store: OverlayStore) -> None:
@@ -273,7 +279,7 @@ def test_a_connection_that_heard_of_a_part_too_early_holds_nobody_up(
 
 def test_what_is_to_be_built_later_is_used_by_another_before(field: Field, above: OverlayStore) -> None:
     """A Nix that was told that a path is absent finds, when it comes to it, that another relies on it."""
-    seed = "later"
+    seed = f"later-{field.salt}"
     field.open(seed)
     (late,) = field.build("late", seed)
     field.close()
