@@ -32,7 +32,6 @@ _FIELDS: Final = (
     "refused",
     "broken",
     "withheld",
-    "unveiled",
 )
 
 
@@ -63,7 +62,6 @@ class Board:
     refused = _Number(8)
     broken = _Number(9)
     withheld = _Number(10)
-    unveiled = _Number(11)
 
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, mmap.PAGESIZE)

@@ -170,20 +170,6 @@ def decode(data: bytes) -> Record:
     )
 
 
-def references_in(data: bytes) -> list[bytes]:
-    """Return the references of canonical bytes that were decoded before; all else is not looked at."""
-    at = len(MAGIC)
-    at += 2 + U16.unpack_from(data, at)[0] + 32 + 8  # store path, NAR hash and size
-    found = []
-    count = U32.unpack_from(data, at)[0]
-    at += 4
-    for _ in range(count):
-        stop = at + 2 + U16.unpack_from(data, at)[0]
-        found.append(data[at + 2 : stop])
-        at = stop
-    return found
-
-
 class Facts(NamedTuple):
     """What Nix is told of a path, as it stands in the record: base names and texts in ASCII."""
 

@@ -251,7 +251,7 @@ class Validity:
             if overlays and not self._is_clear(told, here, key, when, overlays):
                 return False
             committed.add(key)
-            waiting += record.references_in(known)
+            waiting += record.facts_in(known).references
         if self._keeps_valid:
             told.valid |= committed
         return True
