@@ -190,7 +190,9 @@ class OnTop:
         for turn in range(self._size.asks + 1):
             for key, (operation, listed, yes) in kinds.items():
                 for name in _turned(list(sockets), turn):
-                    words = run([program, sockets[name], str(operation), listed, "1"], 60).output.split()
+                    where = sockets[name]  # by its name alone: an address has room for 107 characters
+                    command = [program, where.name, str(operation), listed, "1"]
+                    words = run(command, 60, cwd=where.parent).output.split()
                     if words[:2] != [str(len(self._paths)), str(yes)]:
                         raise BenchError(f"{name}: asked and answered with yes: {words[:2]}")
                     if turn:  # the first warms both up
