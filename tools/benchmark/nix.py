@@ -191,7 +191,7 @@ class OnTop:
             for key, (operation, listed, yes) in kinds.items():
                 for name in _turned(list(sockets), turn):
                     where = sockets[name]  # by its name alone: an address has room for 107 characters
-                    command = [program, where.name, str(operation), listed, "1"]
+                    command: list[str | Path] = [program, where.name, str(operation), listed, "1"]
                     words = run(command, 60, cwd=where.parent).output.split()
                     if words[:2] != [str(len(self._paths)), str(yes)]:
                         raise BenchError(f"{name}: asked and answered with yes: {words[:2]}")
