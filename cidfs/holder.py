@@ -214,6 +214,9 @@ class Holder:
             if self._mine.fileno() in ready and not self._take_message():
                 acts_too.unregister(self._mine.fileno())
             self._look_at_children()
+        for overlay in overlays_above(self._plan.mountpoint) if self._daemon is not None else ():
+            where = overlay.mountpoint
+            log.warning("%s: the overlay is dead from now on; `cidfs umount %s` takes it down", where, where)
         self._stop_daemon()
         self._stop_nix()
         self._give_back()

@@ -74,7 +74,10 @@ def mount(
         if is_new:
             say(f"cidfs: {plan.state}: no store was here; made an empty one")
         if not session.nix_socket_of(plan.state, plan.mountpoint):
-            say(f"cidfs: {plan.mountpoint}: Nix asks another mount of this store; this one has no socket")
+            say(
+                f"cidfs: {plan.mountpoint}: another mount of this store has its socket for Nix; this one has"
+                " none (--nix-socket gives it one)"
+            )
 
 
 def umount(

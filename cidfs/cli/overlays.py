@@ -12,6 +12,7 @@ import typer
 
 from cidfs.cli.common import GLOBALS
 from cidfs.cli.output import result, say
+from cidfs.control import SocketAddress
 from cidfs.errors import MountFailed, MountPointAbsent, UsageError
 from cidfs.mount import mountinfo, session
 
@@ -71,8 +72,8 @@ def overlay(
     asked = Path(os.path.abspath(nix_socket or session.nix_socket_of(state, below)))
     if nix_socket is None and not session.nix_socket_of(state, below):
         raise MountFailed(
-            f"{below}: this mount has no socket for Nix (another mount of the store has it):"
-            " mount it with --nix-socket PATH"
+            f"{below}: this mount has no socket for Nix (another mount of the store had it): mount it with"
+            " --nix-socket PATH, or anew when the other one has ended"
         )
     overlay_plan.mount_overlay(plan)
     database = Path(os.path.abspath(nix_state)) if nix_state is not None else None
@@ -125,7 +126,8 @@ def _answers(path: Path) -> bool:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(ANSWER_SECONDS)
         try:
-            probe.connect(os.fsencode(path))
+            with SocketAddress(path) as address:
+                probe.connect(address)
         except OSError:
             return False
     return True

@@ -45,6 +45,8 @@ def examine(root: Path) -> list[Finding]:
         for overlay in above:
             found += look("overlay", partial(overlays.look, mount, overlay), SECONDS)
             found += look("whiteout", partial(overlays.upper, mount, overlay), SECONDS)
+    if not with_overlay:  # those of a mount whose parent lives were found with that
+        found += look("overlay", overlays.orphaned, SECONDS)
     return [*found, *_quick("settings", partial(nix.settings, with_overlay))]
 
 

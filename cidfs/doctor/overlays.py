@@ -15,7 +15,14 @@ from cidfs.doctor.findings import FAILURE, OK, WARNING, Finding, times
 from cidfs.doctor.standing import Standing
 from cidfs.local.store import LocalStore
 from cidfs.mount.mountinfo import MountInfo, mounted_at
-from cidfs.mount.overlay import OVERLAY_TYPE, Overlay, overlay_of, overlays_above, whiteouts
+from cidfs.mount.overlay import (
+    OVERLAY_TYPE,
+    Overlay,
+    orphans,
+    overlay_of,
+    overlays_above,
+    whiteouts,
+)
 
 ANSWER_SECONDS: Final = 2.0
 TIDY_SECONDS: Final = 3.0  # within which the metadata process takes whiteouts out by itself
@@ -60,6 +67,15 @@ def look(mount: Standing, overlay: Overlay) -> Iterator[Finding]:
         yield Finding("overlay", FAILURE, what, anew)
     else:
         yield Finding("overlay", OK, f"{where}: answers")
+
+
+def orphaned() -> Iterator[Finding]:
+    """Look for overlays whose mount has ended, in whatever way: nothing else tells of them any more."""
+    for overlay in orphans():
+        if _error_in(overlay.mountpoint) == errno.ENOTCONN:
+            what = f"{overlay.mountpoint}: the overlay is dead: the mount at {overlay.lower[0]} has ended"
+            anew = f"`cidfs umount {overlay.mountpoint}`, then `cidfs mount` and `cidfs overlay`"
+            yield Finding("overlay", FAILURE, what, anew)
 
 
 def _fitness(below: MountInfo, overlay: Overlay, top: MountInfo, anew: str) -> Iterator[Finding]:

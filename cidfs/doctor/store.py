@@ -37,7 +37,10 @@ def folder(state: StateFolder) -> Iterator[Finding]:
         yield Finding("store", OK, f"{root}: version {state.format.version}, for {state.format.store_dir}")
     free = room.free_bytes(root)
     text = f"{root}: {free >> 20:,} MiB free"
-    if room.is_low(root):
+    if os.statvfs(root).f_flag & os.ST_RDONLY:
+        what = f"{root}: the file system is mounted read-only: nothing can be added, and nothing mounted"
+        yield Finding("room", FAILURE, what, "mount it writable")
+    elif room.is_low(root):
         yield Finding("room", FAILURE, f"{text}: the disk is full", "`cidfs remove` and `cidfs gc` make room")
     elif free < LITTLE_ROOM:
         yield Finding("room", WARNING, text, "`cidfs gc` makes room, if something is not needed")

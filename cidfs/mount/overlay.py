@@ -109,6 +109,25 @@ def overlay_at(mountpoint: Path) -> Overlay | None:
     return None
 
 
+def orphans(mounted: list[MountInfo] | None = None) -> list[Overlay]:
+    """Return the overlays whose one lower layer is an empty folder: what is left of a mount that has ended.
+
+    The files of such an overlay are out of reach. The folder is looked into, unless it is on a file system
+    that may be dead itself.
+    """
+    mounted = mounts() if mounted is None else mounted
+    untouched = tuple(f"{info.mountpoint}/" for info in mounted if info.type.startswith(_MAY_HANG))
+    places = {info.mountpoint for info in mounted}
+    found = []
+    for info in mounted:
+        lower = overlay_of(info).lower if info.type == OVERLAY_TYPE else ()
+        if len(lower) == 1 and lower[0] not in places and not f"{lower[0]}/".startswith(untouched):
+            with contextlib.suppress(OSError):
+                if not os.listdir(lower[0]):
+                    found.append(overlay_of(info))
+    return found
+
+
 def reconfigure(where: str) -> None:
     """Have an overlay forget which names are absent in it, in all namespaces; its mounts keep their flags.
 

@@ -23,7 +23,7 @@ from urllib.parse import quote
 from cidfs.errors import MountFailed, MountPointAbsent, MountPointBusy, NotPermitted, UsageError
 from cidfs.mount import session
 from cidfs.mount.mountinfo import FILE_SYSTEM_TYPE, mounted_at, mounts, resolve, source_of
-from cidfs.mount.overlay import OVERLAY_TYPE, mount_id, overlay_at, overlay_of
+from cidfs.mount.overlay import OVERLAY_TYPE, mount_id, orphans, overlay_at, overlay_of
 
 NIX_STORE: Final = "/nix/store"  # what Nix puts behind `root=`, whatever its store directory is called
 
@@ -100,13 +100,17 @@ def mount_overlay(plan: OverlayPlan) -> None:
 def is_ours(merged: Path, state: Path) -> bool:
     """Say whether an overlay is at a folder that stands on a cidfs mount.
 
-    Or that stood on one whose daemon died: what is left of that says so in the state folder.
+    Or that stood on one that has ended, in whatever way.
     """
     here = mounted_at(merged)
     if here is None or here.type != OVERLAY_TYPE:
         return False
     below = overlay_of(here).lower
-    return overlay_at(merged) is not None or any(session.holders_of(state, Path(each)) for each in below)
+    return (
+        overlay_at(merged) is not None
+        or any(session.holders_of(state, Path(each)) for each in below)
+        or any(orphan.device == here.device for orphan in orphans())
+    )
 
 
 def unmount_overlay(merged: Path, *, lazy: bool) -> None:
@@ -200,14 +204,22 @@ def _check_mounts(plan: OverlayPlan) -> None:
     there = mounted_at(plan.merged)
     if there is not None and there.type == OVERLAY_TYPE:
         raise MountPointBusy(
-            f"{plan.merged}: an overlay is mounted there already; take it down with `umount {plan.merged}`"
+            f"{plan.merged}: an overlay is mounted there already; `cidfs umount {plan.merged}` takes it down"
         )
     for info in mounts():
-        if info.type == OVERLAY_TYPE and {overlay_of(info).upper, overlay_of(info).work} & {
-            str(plan.upper),
-            str(plan.work),
-        }:
-            raise MountPointBusy(f"{plan.upper}: it or {plan.work} is in use by {info.mountpoint}")
+        theirs = overlay_of(info) if info.type == OVERLAY_TYPE else None
+        for ours in (plan.upper, plan.work):
+            if theirs is not None and any(_overlap(str(ours), each) for each in (theirs.upper, theirs.work)):
+                raise MountPointBusy(f"{ours}: it, or a part of it, is in use by {info.mountpoint}")
+    if os.geteuid() == 0 and not {"allow_other", "user_id=0"} & set(below.options):
+        raise UsageError(
+            f"{plan.mount}: an ordinary user's mount, which only that user may read: mount it as root"
+        )
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Say whether one of two folders is the other, or inside it."""
+    return bool(one and other) and (f"{one}/".startswith(f"{other}/") or f"{other}/".startswith(f"{one}/"))
 
 
 def _check_upper(plan: OverlayPlan) -> None:

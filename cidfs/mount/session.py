@@ -24,7 +24,7 @@ from cidfs.errors import CidfsError, MountFailed, MountPointAbsent, MountPointBu
 from cidfs.local.leases import HOLDER, MOUNT, LeaseInfo
 from cidfs.local.state import StateFolder
 from cidfs.mount.mountinfo import FILE_SYSTEM_TYPE, MountInfo, mounted_at, mounts, printable, source_of
-from cidfs.mount.overlay import OVERLAY_TYPE, overlays_above
+from cidfs.mount.overlay import OVERLAY_TYPE, overlay_of, overlays_above
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +108,10 @@ def check_mountpoint(mountpoint: Path) -> None:
         raise MountPointBusy(
             f"{mountpoint}: a dead mount is there; take it down with `cidfs umount {mountpoint}`"
         )
+    for info in mounts():
+        layer = overlay_of(info) if info.type == OVERLAY_TYPE else None
+        if layer is not None and str(mountpoint) in (layer.mountpoint, layer.upper, layer.work):
+            raise MountPointBusy(f"{mountpoint}: a part of the overlay at {layer.mountpoint}; choose another")
     try:
         if not mountpoint.is_dir():
             problem = "is not a directory" if mountpoint.exists() else "does not exist; make it first"

@@ -81,7 +81,10 @@ def test_an_ordinary_user_is_answered(served: ForkedStore) -> None:
 def test_a_second_mount_has_no_socket_and_says_so(served: ForkedStore, second: Path) -> None:
     said = served.run("mount", second).stderr.decode()
     served.mounts.append(second)
-    assert said == f"cidfs: {second}: Nix asks another mount of this store; this one has no socket\n"
+    assert said == (
+        f"cidfs: {second}: another mount of this store has its socket for Nix; this one has none"
+        " (--nix-socket gives it one)\n"
+    )
     assert sockets(served) == {str(served.state / "nix.sock")}
     served.umount(second)
     with Connection(served.state / "nix.sock", PATIENCE) as peer:

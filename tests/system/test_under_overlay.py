@@ -18,7 +18,7 @@ import pytest
 from cidfs.mount import mountinfo
 from cidfs.nix.client import Connection
 from tests.commands import ROOT, Store, environment, wait_until
-from tests.system.support import alive, make_files, mount, mounted, noise, parent_of, umount
+from tests.system.support import alive, error_of, make_files, mount, mounted, noise, parent_of, umount
 
 pytestmark = pytest.mark.usefixtures("root")
 
@@ -169,6 +169,43 @@ def test_growth_below_a_read_only_bind_as_nixos_makes_it(lab: Lab) -> None:
     assert (lab.upper / "built/it").exists()
     assert flags_at(lab.merged) == before
     umount(lab.merged)
+
+
+def test_an_overlay_whose_mount_was_ended_is_named_and_can_be_taken_down(lab: Lab) -> None:
+    lab.store.log_expected = True
+    base = lab.add("tree")
+    (daemon,) = lab.store.daemon_pids()
+    parent = parent_of(daemon)
+    os.kill(parent, signal.SIGTERM)
+    wait_until(lambda: not alive(parent), SECONDS)
+    lab.store.mounts.clear()
+    assert error_of((lab.merged / base).stat) == "ENOTCONN"
+    assert f"`cidfs umount {lab.merged}`" in lab.store.log_text()
+    said = lab.store.run("doctor", code=19).stdout.decode()
+    assert f"{lab.merged}: the overlay is dead" in said
+    lab.store.run("umount", lab.merged)
+    assert mounted(lab.merged) == []
+    lab.store.mount(lab.lower)
+    lab.store.run("overlay", lab.merged, "--upper", lab.upper, "--work", lab.upper.with_name("work"))
+    assert (lab.merged / base / "file").read_text() == "tree"
+
+
+def test_nothing_is_mounted_where_it_would_break_an_overlay(lab: Lab) -> None:
+    here = lab.upper.parent
+    for place in (lab.merged, lab.upper, here / "work"):
+        assert f"the overlay at {lab.merged}" in lab.store.error("mount", place, code=22)
+    (here / "again").mkdir()
+    for upper in (lab.upper, lab.upper / "inside", here / "work"):
+        words: list[str | Path] = [
+            "overlay",
+            here / "again",
+            "--upper",
+            upper,
+            "--work",
+            here.with_name(f"{here.name}-work"),
+        ]
+        assert str(lab.merged) in lab.store.error(*words, code=22)
+    assert mounted(here / "again") == []
 
 
 def test_what_the_host_unmounts_is_gone_from_all_processes(store: Store, tmp_path: Path) -> None:
