@@ -109,8 +109,17 @@ def is_ours(merged: Path, state: Path) -> bool:
     return (
         overlay_at(merged) is not None
         or any(session.holders_of(state, Path(each)) for each in below)
-        or any(orphan.device == here.device for orphan in orphans())
+        or (any(orphan.device == here.device for orphan in orphans()) and _is_dead(merged))
     )
+
+
+def _is_dead(merged: Path) -> bool:
+    """Say whether what is below an overlay has ended: a name that nobody knows is looked up there."""
+    try:
+        os.lstat(merged / f".cidfs-{os.urandom(8).hex()}")
+    except OSError as e:
+        return e.errno == errno.ENOTCONN
+    return False
 
 
 def unmount_overlay(merged: Path, *, lazy: bool) -> None:
