@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from pathlib import Path
+from urllib.parse import unquote
 
 from tests.system.forks import Forks
 
@@ -77,9 +78,10 @@ class OverlayStore(ChrootStore):
     def hooked(self, record: Path) -> OverlayStore:
         """Return this store with a remount hook that also writes down what it is called with."""
         before, key, hook = self.address.partition("remount-hook=")
+        hook = unquote(hook)
         assert os.access(hook, os.X_OK), f"no hook in {self.address}"
         wrapper = record.with_suffix(".hook")
-        wrapper.write_text(f'#!/bin/sh\necho "$@" >> {record}\nexec {hook} "$@"\n')
+        wrapper.write_text(f'#!/bin/sh\necho "$@" >> {record}\nexec "{hook}" "$@"\n')
         wrapper.chmod(0o755)
         record.touch()
         other = copy(self)

@@ -15,7 +15,6 @@ from .trees import differences, snapshot
 _REFUSAL = "cidfs serves this store read-only"
 _ABSENT = f"/nix/store/{'0' * 32}-absent"
 _BRIDGE = """\
-#!{python}
 import os, socket, threading
 
 peer = socket.socket(socket.AF_UNIX)
@@ -45,8 +44,9 @@ def remote(lab: Lab) -> ChrootStore:
 @pytest.fixture(scope="module")
 def far(lab: Lab) -> ChrootStore:
     """Return the same store as from another machine: all comes through the socket, files as archives."""
-    bridge = lab.at / "bridge"
-    bridge.write_text(_BRIDGE.format(python=sys.executable, socket=str(lab.socket)))
+    bridge, program = lab.at / "bridge", lab.at / "bridge.py"
+    program.write_text(_BRIDGE.format(socket=str(lab.socket)))
+    bridge.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{program}"\n')  # its name may have blanks
     bridge.chmod(0o755)
     return ChrootStore(lab.nix, lab.at / "far", f"ssh-ng://localhost?remote-program={bridge}")
 
